@@ -1,0 +1,1 @@
+"""From a model to ONNX files, engines and proof that they are right."""

@@ -1,0 +1,1 @@
+"""How low rank is built: targets, activation statistics, nested factors, supernet, compact model."""

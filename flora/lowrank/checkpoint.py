@@ -1,0 +1,283 @@
+"""Models on disk: loading what the user brings, and the folders of dense, compact and supernet models.
+
+A model folder holds `model.safetensors` and `config.json`: the timm name and arguments, preprocessing, class names, and
+the rank of every factorized layer (none in a dense model). A supernet folder holds the nested factors, the dense model
+that they came from, and `supernet.json`. Everything reloads without pickle.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from flora.artifact import Document, new_folder, sha256_of_file
+from flora.errors import InputError, few, near_matches
+from flora.imagesets import ImageSetRecord
+from flora.lowrank.elastic import ElasticLinear
+from flora.lowrank.factorize import Factors
+from flora.lowrank.materialize import pair
+from flora.preprocessing import Preprocessing
+from flora.ranks.cost import LayerShape, ModelCost, Rank
+from flora.ranks.space import SearchSpace
+
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = "model.safetensors"
+SUPERNET_CONFIG = "supernet.json"
+SUPERNET_WEIGHTS = "supernet.safetensors"
+DENSE_WEIGHTS = "dense.safetensors"
+
+
+class Reference(BaseModel):
+    """The dense model that an artefact is verified against: its weights file and their SHA-256."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+
+
+class ModelConfig(Document):
+    """`config.json` of a model folder. `ranks` is empty in a dense model; `calibration` is what the factors saw."""
+
+    kind: Literal["flora model"] = "flora model"
+    model: str
+    args: dict[str, Any] = {}
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    ranks: dict[str, Rank] = {}
+    reference: Reference | None = None
+    calibration: ImageSetRecord | None = None
+
+
+class LayerRecord(BaseModel):
+    """One target in `supernet.json`: its shape, and the energy of each component (see `Factors.spectrum`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    in_features: int
+    out_features: int
+    tokens: int
+    mean_folded: bool
+    spectrum: tuple[float, ...]
+
+
+class SupernetConfig(Document):
+    """`supernet.json`: the model, its targets with their cost, the search space, and how it was factorized."""
+
+    kind: Literal["flora supernet"] = "flora supernet"
+    model: str
+    args: dict[str, Any] = {}
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    layers: dict[str, LayerRecord]
+    fixed_macs: int
+    fixed_params: int
+    space: SearchSpace
+    method: Literal["activation", "svd"]
+    calibration: ImageSetRecord | None = None
+    source: str
+    versions: dict[str, str]
+    created: str
+
+    @property
+    def cost(self) -> ModelCost:
+        shapes = (
+            LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=layer.tokens)
+            for name, layer in self.layers.items()
+        )
+        return ModelCost(layers=tuple(shapes), fixed_macs=self.fixed_macs, fixed_params=self.fixed_params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A dense or compact model with its config; `folder` is None for a model that came from timm."""
+
+    module: nn.Module
+    config: ModelConfig
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSupernet:
+    """A supernet with its config and the folder that it lies in."""
+
+    module: nn.Module
+    config: SupernetConfig
+    folder: Path
+
+    def load_dense(self) -> LoadedModel:
+        """The dense model that the supernet came from."""
+        config = ModelConfig(
+            model=self.config.model,
+            args=self.config.args,
+            preprocessing=self.config.preprocessing,
+            class_names=self.config.class_names,
+        )
+        module = create_timm_model(config.model, config.args)
+        load_weights(module, read_weights(self.folder / DENSE_WEIGHTS), origin=str(self.folder / DENSE_WEIGHTS))
+        return LoadedModel(module=module, config=config, folder=self.folder)
+
+    @property
+    def reference(self) -> Reference:
+        path = (self.folder / DENSE_WEIGHTS).absolute()
+        return Reference(path=str(path), sha256=sha256_of_file(path))
+
+
+def is_supernet_folder(path: Path) -> bool:
+    return (Path(path) / SUPERNET_CONFIG).is_file()
+
+
+def create_timm_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """A timm model in eval mode; an unknown name or argument is an `InputError` with near matches."""
+    if not timm.is_model(name):
+        raise InputError(f"timm knows no model {name!r}.{near_matches(name.split('.')[0], timm.list_models())}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **args).eval()
+    except (TypeError, AssertionError, ValueError) as error:
+        raise InputError(f"timm cannot create {name} with {json.dumps(dict(args))}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if pretrained:
+            raise InputError(
+                f"The pretrained weights of {name} could not be fetched ({error}); give a file with --checkpoint."
+            ) from error
+        raise
+
+
+def load_model(
+    model: str, *, args: Mapping[str, Any] | None = None, checkpoint: Path | None = None, pretrained: bool = False
+) -> LoadedModel:
+    """The model that a user names: a model folder of ours, or a timm name with a checkpoint or pretrained weights."""
+    if Path(model).is_dir():
+        if args or checkpoint or pretrained:
+            raise InputError(f"{model} is a model folder: it brings its own arguments and weights; give no others.")
+        return load_model_folder(Path(model))
+    if not checkpoint and not pretrained:
+        if not timm.is_model(model):
+            create_timm_model(model, {})
+        raise InputError(
+            f"{model} would have random weights, which show nothing; give --checkpoint FILE or --pretrained."
+        )
+    module = create_timm_model(model, args or {}, pretrained=pretrained)
+    if checkpoint:
+        load_weights(module, read_weights(checkpoint), origin=str(checkpoint))
+    settings = resolve_model_data_config(module)
+    config = ModelConfig(
+        model=model,
+        args=dict(args or {}),
+        preprocessing=Preprocessing(**{key: settings[key] for key in Preprocessing.model_fields}),
+    )
+    return LoadedModel(module=module, config=config)
+
+
+def load_model_folder(folder: Path) -> LoadedModel:
+    """A dense or compact model from its folder."""
+    folder = Path(folder)
+    if not (folder / MODEL_CONFIG).is_file():
+        raise InputError(f"{folder} is no model folder: it holds no {MODEL_CONFIG}.")
+    config = ModelConfig.load(folder / MODEL_CONFIG)
+    module = create_timm_model(config.model, config.args)
+    for name, rank in config.ranks.items():
+        layer = module.get_submodule(name)
+        shape = LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=1)
+        if shape.is_factored(rank):
+            down = nn.Linear(layer.in_features, rank, bias=False)
+            module.set_submodule(name, pair(down, nn.Linear(rank, layer.out_features, bias=layer.bias is not None)))
+    load_weights(module, read_weights(folder / MODEL_WEIGHTS), origin=str(folder / MODEL_WEIGHTS))
+    return LoadedModel(module=module.eval(), config=config, folder=folder)
+
+
+def save_model(folder: Path, module: nn.Module, config: ModelConfig, *, dtype: torch.dtype | None = None) -> None:
+    """Write a model folder atomically; `dtype` stores the weights in less precision."""
+    state = {name: tensor.to(dtype) if dtype else tensor for name, tensor in module.state_dict().items()}
+    with new_folder(folder, marker=MODEL_CONFIG) as partial:
+        _save_weights(partial / MODEL_WEIGHTS, state)
+        config.save(partial / MODEL_CONFIG)
+
+
+def save_supernet(folder: Path, supernet: nn.Module, dense_state: Mapping[str, Tensor], config: SupernetConfig) -> None:
+    """Write a supernet folder atomically."""
+    with new_folder(folder, marker=SUPERNET_CONFIG) as partial:
+        _save_weights(partial / SUPERNET_WEIGHTS, supernet.state_dict())
+        _save_weights(partial / DENSE_WEIGHTS, dense_state)
+        config.save(partial / SUPERNET_CONFIG)
+
+
+def load_supernet(folder: Path) -> LoadedSupernet:
+    """A supernet from its folder, at full rank."""
+    folder = Path(folder)
+    if not is_supernet_folder(folder):
+        raise InputError(f"{folder} is no supernet folder: it holds no {SUPERNET_CONFIG}. `flora build` writes one.")
+    config = SupernetConfig.load(folder / SUPERNET_CONFIG)
+    module = create_timm_model(config.model, config.args)
+    for name, record in config.layers.items():
+        module.set_submodule(name, _empty_elastic(record, has_bias=module.get_submodule(name).bias is not None))
+    load_weights(module, read_weights(folder / SUPERNET_WEIGHTS), origin=str(folder / SUPERNET_WEIGHTS))
+    return LoadedSupernet(module=module.eval(), config=config, folder=folder)
+
+
+def _empty_elastic(record: LayerRecord, *, has_bias: bool) -> ElasticLinear:
+    full_rank = min(record.in_features, record.out_features)
+    return ElasticLinear(
+        Factors(
+            down=torch.empty(full_rank, record.in_features),
+            up=torch.empty(record.out_features, full_rank),
+            inner_bias=torch.empty(full_rank) if record.mean_folded else None,
+            bias=torch.empty(record.out_features) if has_bias else None,
+            spectrum=torch.empty(0),
+        )
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors or a torch checkpoint, without running any pickled code.
+
+    timm's own wrappers are opened: averaged weights first, then `state_dict` or `model`.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"The weights file {path} does not exist.")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return load_state_dict(str(path), weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or no safetensors file ({error}); copy or write it again.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint of plain weights: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
+    """Copy `state` into `module`; `InputError` lists the keys that are missing, unexpected or of another shape."""
+    own = module.state_dict()
+    problems = []
+    if missing := [name for name in own if name not in state]:
+        problems.append(f"missing: {few(missing)}")
+    if unexpected := [name for name in state if name not in own]:
+        problems.append(f"unexpected: {few(unexpected)}")
+    if misshapen := [
+        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]:
+        problems.append(f"of another shape: {few(misshapen)}")
+    if problems:
+        raise InputError(
+            f"{origin} does not fit the model; keys {'; '.join(problems)}. "
+            "Use the checkpoint of this model, or give the model's arguments with --model-kwargs."
+        )
+    module.load_state_dict(state)
+
+
+def _save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})

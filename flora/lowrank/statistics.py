@@ -1,0 +1,90 @@
+"""Mean and second moment of what each layer receives, over calibration images.
+
+Streamed: a batch adds its sums and is gone, so memory does not depend on the number of images. Products are taken in
+the activations' precision and summed in float64. A layer of `n` inputs needs an `n x n` float64 matrix; `layer_groups`
+splits a large model's layers so that one pass over the images serves each group.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flora.errors import InputError, few
+from flora.ranks.cost import LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """Moments of a layer's input over `tokens` rows: `mean` [in] and `second_moment` E[x x^T] [in, in], float64."""
+
+    tokens: int
+    mean: Tensor
+    second_moment: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """Centred second moment [in, in]."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+
+class _Sums:
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+        self.products = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().flatten(end_dim=-2).float()  # [B * N, in]
+        self.tokens += len(rows)
+        self.total += rows.sum(0, dtype=torch.float64)
+        self.products += rows.T @ rows
+
+
+@torch.inference_mode()
+def collect_statistics(
+    model: nn.Module, batches: Iterable[Tensor], targets: Sequence[str]
+) -> dict[str, InputStatistics]:
+    """Run `batches` of images [B, C, H, W] through `model` and return the statistics of each target's input.
+
+    Raises `InputError` when there are no images, and naming the layer when an activation is not finite.
+    """
+    device = next(model.parameters()).device
+    layers = {name: model.get_submodule(name) for name in targets}
+    sums = {name: _Sums(layer.in_features, device) for name, layer in layers.items()}
+    hooks = [layer.register_forward_pre_hook(sums[name].add) for name, layer in layers.items()]
+    training = model.training
+    model.eval()
+    try:
+        for images in batches:
+            model(images.to(device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if any(part.tokens == 0 for part in sums.values()):
+        raise InputError("There are no calibration images; give a data set that holds some.")
+    if broken := [name for name, part in sums.items() if not part.products.isfinite().all()]:
+        raise InputError(f"The input of {few(broken)} is not finite on the calibration images; check the checkpoint.")
+    return {
+        name: InputStatistics(
+            tokens=part.tokens, mean=part.total / part.tokens, second_moment=part.products / part.tokens
+        )
+        for name, part in sums.items()
+    }
+
+
+def layer_groups(shapes: Iterable[LayerShape], most_bytes: int = 2**29) -> Iterator[list[str]]:
+    """Names of layers in groups whose second moments together take at most `most_bytes` (one layer at the least)."""
+    group: list[str] = []
+    size = 0
+    for shape in shapes:
+        needed = 8 * shape.in_features**2
+        if group and size + needed > most_bytes:
+            yield group
+            group, size = [], 0
+        group.append(shape.name)
+        size += needed
+    if group:
+        yield group

@@ -1,0 +1,83 @@
+"""Which linear layers of a timm model are factorized, and what each costs.
+
+The paper factorizes `qkv`, `fc1` and `fc2` of every block. A traced pass over one image gives the tokens of each
+layer and the MACs of the whole model; it also finds layers whose weight is read instead of the layer being called
+(BEiT, EVA-02 and Swin-V2 do so with `qkv`): replacing those would change nothing or break, so they are refused.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flora.errors import InputError, few
+from flora.ranks.cost import LayerShape, ModelCost
+
+PAPER_LAYERS = ("qkv", "fc1", "fc2")
+
+
+def find_targets(model: nn.Module, layers: Sequence[str] = PAPER_LAYERS) -> dict[str, nn.Linear]:
+    """The linear layers that `layers` selects, by name, in the model's order.
+
+    An entry of `layers` is the last part of a layer's name (`qkv`), or a pattern over the whole name
+    (`blocks.*.attn.proj`). Raises `InputError` when an entry selects nothing.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unmatched = [entry for entry in layers if not any(_selects(entry, name) for name in linears)]
+    if unmatched or not layers:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise InputError(
+            f"No linear layer is selected by {few(unmatched) or 'an empty list'}; "
+            f"this model's linear layers end in {few(kinds, 20) or '(it has none)'}."
+        )
+    return {name: module for name, module in linears.items() if any(_selects(entry, name) for entry in layers)}
+
+
+def _selects(entry: str, name: str) -> bool:
+    return fnmatchcase(name, entry) or name.rsplit(".", 1)[-1] == entry
+
+
+@torch.inference_mode()
+def trace_cost(model: nn.Module, targets: Iterable[str], input_size: tuple[int, int, int]) -> ModelCost:
+    """Count one pass over one image of `input_size` (channels, height, width) of the dense model.
+
+    Attention is counted in its explicit form, since torch's counter does not see fused kernels on a CPU.
+    """
+    layers = {name: model.get_submodule(name) for name in targets}
+    tokens: Counter[str] = Counter()
+
+    def count_tokens(name: str):
+        return lambda module, inputs: tokens.update({name: inputs[0].numel() // module.in_features})
+
+    hooks = [layer.register_forward_pre_hook(count_tokens(name)) for name, layer in layers.items()]
+    training = model.training
+    model.eval()
+    try:
+        reference = next(model.parameters())
+        image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(image)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if bypassed := [name for name in layers if not tokens[name]]:
+        kinds = {name.rsplit(".", 1)[-1] for name in bypassed}
+        raise InputError(
+            f"This model does not call {few(bypassed)}: it reads the weight itself, so the layer cannot be "
+            f"replaced. Select other layers (without {few(sorted(kinds))}), for example --layers proj,fc1,fc2."
+        )
+    shapes = tuple(
+        LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=tokens[name])
+        for name, layer in layers.items()
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelCost(
+        layers=shapes,
+        fixed_macs=counter.get_total_flops() // 2 - sum(shape.macs("dense") for shape in shapes),
+        fixed_params=parameters - sum(shape.dense_weights for shape in shapes),
+    )

@@ -1,0 +1,1 @@
+"""The jobs: what chains the packages for one command."""

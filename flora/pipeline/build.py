@@ -1,0 +1,79 @@
+"""From a trained model and calibration images to a supernet folder."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from flora.artifact import check_replaceable
+from flora.lowrank.checkpoint import (
+    SUPERNET_CONFIG,
+    LayerRecord,
+    LoadedModel,
+    LoadedSupernet,
+    SupernetConfig,
+    save_supernet,
+)
+from flora.lowrank.supernet import Method, build_supernet
+from flora.lowrank.targets import PAPER_LAYERS, find_targets, trace_cost
+from flora.provenance import now, versions
+from flora.ranks.cost import ModelCost
+from flora.ranks.space import space_from_multiples
+from flora.training.data import TimmImages
+
+
+def build(
+    model: LoadedModel,
+    out: Path,
+    *,
+    data: str | None = None,
+    layers: Sequence[str] = PAPER_LAYERS,
+    method: Method = "activation",
+    batch_size: int = 64,
+    workers: int = 0,
+    on_layer: Callable[[str, int], None] = lambda name, total: None,
+) -> LoadedSupernet:
+    """Factorize the selected layers of `model` and write the supernet folder `out`; the model's module is used up."""
+    check_replaceable(out, marker=SUPERNET_CONFIG)
+    module, config = model.module, model.config
+    cost = trace_cost(module, find_targets(module, layers), config.preprocessing.input_size)
+    images = TimmImages(data, config.preprocessing, workers=workers) if data else None
+    calibration = images.record() if images else None
+    dense_state = module.state_dict()
+    spectra = build_supernet(
+        module,
+        cost,
+        method=method,
+        batches=images.images(batch_size) if images else None,
+        on_layer=lambda name: on_layer(name, len(cost.layers)),
+    )
+    supernet = SupernetConfig(
+        model=config.model,
+        args=config.args,
+        preprocessing=config.preprocessing,
+        class_names=config.class_names,
+        layers=_layer_records(module, cost, spectra),
+        fixed_macs=cost.fixed_macs,
+        fixed_params=cost.fixed_params,
+        space=space_from_multiples(cost),
+        method=method,
+        calibration=calibration,
+        source=str(model.folder or config.model),
+        versions=versions(),
+        created=now(),
+    )
+    save_supernet(out, module, dense_state, supernet)
+    return LoadedSupernet(module=module, config=supernet, folder=Path(out))
+
+
+def _layer_records(supernet: nn.Module, cost: ModelCost, spectra: dict[str, list[float]]) -> dict[str, LayerRecord]:
+    return {
+        name: LayerRecord(
+            in_features=shape.in_features,
+            out_features=shape.out_features,
+            tokens=shape.tokens,
+            mean_folded=supernet.get_submodule(name).inner_bias is not None,
+            spectrum=tuple(float(f"{energy:.6g}") for energy in spectra[name]),
+        )
+        for name, shape in cost.shapes.items()
+    }

@@ -1,0 +1,57 @@
+"""From a supernet and a choice of ranks to a compact model."""
+
+from pathlib import Path
+
+from flora.errors import InputError
+from flora.lowrank.checkpoint import LoadedModel, LoadedSupernet, ModelConfig
+from flora.lowrank.materialize import materialize
+from flora.ranks.config import RankConfig
+from flora.ranks.cost import Rank
+from flora.ranks.uniform import macs_budget, uniform_ranks, uniform_ranks_for_macs
+
+
+def chosen_ranks(
+    supernet: LoadedSupernet,
+    *,
+    file: Path | None = None,
+    ratio: float | None = None,
+    macs: str | None = None,
+) -> RankConfig:
+    """The rank config from a file, from one ratio for all layers, or from a MACs budget for uniform ranks."""
+    if sum(choice is not None for choice in (file, ratio, macs)) != 1:
+        raise InputError("Give the ranks in one way: --ranks FILE, --uniform RATIO or --uniform-macs BUDGET.")
+    cost = supernet.config.cost
+    if file is not None:
+        config = RankConfig.load(file)
+        config.check(model=supernet.config.model, shapes=cost.shapes)
+        return config
+    if ratio is not None:
+        return _config(supernet, uniform_ranks(cost, ratio), origin=f"uniform ratio {ratio:g}")
+    ranks = uniform_ranks_for_macs(cost, macs_budget(macs, cost))
+    return _config(supernet, ranks, origin="uniform ratio for a MACs budget", budget=f"macs={macs}")
+
+
+def _config(supernet: LoadedSupernet, ranks: dict[str, Rank], *, origin: str, budget: str | None = None) -> RankConfig:
+    cost = supernet.config.cost
+    return RankConfig(
+        model=supernet.config.model,
+        ranks=ranks,
+        budget=budget,
+        macs=cost.macs(ranks),
+        params=cost.params(ranks),
+        origin=origin,
+    )
+
+
+def compact_from_supernet(supernet: LoadedSupernet, ranks: RankConfig) -> LoadedModel:
+    """Materialize `supernet` at `ranks`; the result remembers the dense model it is to be verified against."""
+    config = ModelConfig(
+        model=supernet.config.model,
+        args=supernet.config.args,
+        preprocessing=supernet.config.preprocessing,
+        class_names=supernet.config.class_names,
+        ranks=ranks.ranks,
+        reference=supernet.reference,
+        calibration=supernet.config.calibration,
+    )
+    return LoadedModel(module=materialize(supernet.module, ranks.ranks), config=config)

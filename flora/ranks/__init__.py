@@ -1,0 +1,1 @@
+"""What to choose: rank configs, search spaces and their exact cost. No torch in here."""

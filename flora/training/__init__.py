@@ -1,0 +1,1 @@
+"""Images, evaluation and training with timm's data sets, transforms and tasks."""

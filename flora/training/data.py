@@ -1,0 +1,119 @@
+"""Images from any dataset that timm's factory reads, with the model's own evaluation transform."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from flora.errors import InputError, near_matches
+from flora.imagesets import ImageSetRecord, ImageSetSpec, image_digest
+from flora.preprocessing import Preprocessing
+
+
+class TimmImages:
+    """An opened image set: batches of preprocessed images with labels, and a record for artefacts."""
+
+    def __init__(self, text: str, preprocessing: Preprocessing, *, workers: int = 0) -> None:
+        self.text = text
+        self.spec = ImageSetSpec.parse(text)
+        self.preprocessing = preprocessing
+        self.workers = workers
+        self._source = _open(self.spec, preprocessing.image_mode)
+        self._indices = None if isinstance(self._source, IterableDataset) else self.spec.indices(len(self._source))
+
+    def __len__(self) -> int:
+        return len(self._source) if self._indices is None else len(self._indices)
+
+    def loader(self, batch_size: int) -> DataLoader:
+        """Yields images [B, C, H, W] float32 and labels [B] (-1 where there is none)."""
+        transform = eval_transform(self.preprocessing)
+        if self._indices is None:
+            self._source.transform = transform
+            dataset: Dataset = self._source
+        else:
+            dataset = Subset(_Decoded(self._source, self.preprocessing.image_mode, transform), self._indices)
+        return DataLoader(dataset, batch_size=batch_size, num_workers=self.workers)
+
+    def images(self, batch_size: int) -> "ImageBatches":
+        """The images alone, as an iterable that can be read several times."""
+        return ImageBatches(self, batch_size)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The same as arrays; labels are None where the set has none."""
+        for images, labels in self.loader(batch_size):
+            yield images.numpy(), None if (labels < 0).any() else labels.numpy()
+
+    def record(self) -> ImageSetRecord:
+        """Digest every image (its file's bytes, or its pixels where the dataset keeps no files)."""
+        digests = None if self._indices is None else [image_digest(_content(self._source, i)) for i in self._indices]
+        return ImageSetRecord.of(self.text, len(self), digests)
+
+
+class ImageBatches:
+    """Iterable of image batches [B, C, H, W]; each iteration reads the set anew."""
+
+    def __init__(self, source: TimmImages, batch_size: int) -> None:
+        self.source, self.batch_size = source, batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (images for images, _ in self.source.loader(self.batch_size))
+
+
+class _Decoded(Dataset):
+    """A map-style dataset that fails on an undecodable image; timm's own replaces it by the next one."""
+
+    def __init__(self, source: Dataset, mode: str, transform) -> None:
+        self.source, self.mode, self.transform = source, mode, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if hasattr(self.source, "reader"):
+            file, label, *_ = self.source.reader[index]
+            try:
+                image = Image.open(file).convert(self.mode)
+            except OSError as error:
+                raise InputError(
+                    f"{self.source.filename(index)} is no image that can be decoded; repair or remove it."
+                ) from error
+        else:
+            image, label = self.source[index]
+            image = image.convert(self.mode)
+        return self.transform(image), -1 if label is None else label
+
+
+def eval_transform(preprocessing: Preprocessing):
+    """timm's evaluation transform for these settings: PIL image -> [C, H, W]."""
+    return create_transform(**preprocessing.model_dump(), is_training=False)
+
+
+def _open(spec: ImageSetSpec, mode: str) -> Dataset:
+    try:
+        return create_dataset(spec.name, root=spec.root, split=spec.split, input_img_mode=mode)
+    except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as error:
+        reason = str(error) or f"{spec.root} does not exist"
+        hint = near_matches(spec.name.partition("/")[2], _torchvision_names()) if spec.name.startswith("torch/") else ""
+        raise InputError(f"The images {spec.name or spec.root} cannot be read: {reason}.{hint}") from error
+
+
+def _torchvision_names() -> list[str]:
+    from timm.data.dataset_factory import _TORCH_BASIC_DS
+
+    return list(_TORCH_BASIC_DS)
+
+
+def _content(source: Dataset, index: int) -> bytes:
+    if hasattr(source, "reader"):
+        return source.reader[index][0].read()
+    image = source[index][0]
+    if isinstance(image, Image.Image):
+        return repr((image.mode, image.size)).encode() + image.tobytes()
+    buffer = io.BytesIO()
+    torch.save(image, buffer)
+    return buffer.getvalue()
