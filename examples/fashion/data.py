@@ -2,7 +2,7 @@
 
 torchvision reads the four idx files from ROOT/FashionMNIST/raw. Debian ships them in the package
 `dataset-fashion-mnist`; everywhere else torchvision downloads them. The held-out part is every twelfth training image:
-`train.py` stops by it, and the selection images of the example are drawn from it. The test set is read once, at the end.
+`train.py` watches it, and the selection images of the example are drawn from it. The test set is read once, at the end.
 """
 
 import gzip

@@ -26,6 +26,7 @@ from flora.imagesets import ImageSetRecord
 from flora.lowrank.elastic import ElasticLinear
 from flora.lowrank.factorize import Factors
 from flora.lowrank.materialize import pair
+from flora.lowrank.targets import linear_layers
 from flora.preprocessing import Preprocessing
 from flora.ranks.cost import LayerShape, ModelCost, Rank
 from flora.ranks.space import SearchSpace
@@ -67,6 +68,7 @@ class LayerRecord(BaseModel):
     in_features: int
     out_features: int
     tokens: int
+    bias: bool
     mean_folded: bool
     spectrum: tuple[float, ...]
 
@@ -123,9 +125,7 @@ class LoadedSupernet:
             preprocessing=self.config.preprocessing,
             class_names=self.config.class_names,
         )
-        module = create_timm_model(config.model, config.args)
-        load_weights(module, read_weights(self.folder / DENSE_WEIGHTS), origin=str(self.folder / DENSE_WEIGHTS))
-        return LoadedModel(module=module, config=config, folder=self.folder)
+        return reference_from_path(config, self.folder)
 
     @property
     def reference(self) -> Reference:
@@ -186,14 +186,44 @@ def load_model_folder(folder: Path) -> LoadedModel:
         raise InputError(f"{folder} is no model folder: it holds no {MODEL_CONFIG}.")
     config = ModelConfig.load(folder / MODEL_CONFIG)
     module = create_timm_model(config.model, config.args)
-    for name, rank in config.ranks.items():
-        layer = module.get_submodule(name)
+    for name, layer in linear_layers(module, config.ranks).items():
+        rank = config.ranks[name]
         shape = LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=1)
-        if shape.is_factored(rank):
+        if rank != "dense" and shape.is_factored(rank):
             down = nn.Linear(layer.in_features, rank, bias=False)
             module.set_submodule(name, pair(down, nn.Linear(rank, layer.out_features, bias=layer.bias is not None)))
     load_weights(module, read_weights(folder / MODEL_WEIGHTS), origin=str(folder / MODEL_WEIGHTS))
     return LoadedModel(module=module.eval(), config=config, folder=folder)
+
+
+def load_reference(config: ModelConfig, path: Path | None = None) -> LoadedModel | None:
+    """The dense model that a compact one is verified against, or None where its recorded file is gone.
+
+    `path` (a weights file, or a model or supernet folder) takes the place of the recorded one. A recorded file whose
+    content has changed is an `InputError`.
+    """
+    if path is None:
+        if config.reference is None or not Path(config.reference.path).is_file():
+            return None
+        path = Path(config.reference.path)
+        if sha256_of_file(path) != config.reference.sha256:
+            raise InputError(
+                f"The dense reference {path} has changed since the ranks were chosen; name it with --reference to "
+                "verify against it all the same, or build and materialize again."
+            )
+    return reference_from_path(config, path)
+
+
+def reference_from_path(config: ModelConfig, path: Path) -> LoadedModel:
+    """The dense form of `config`'s model with the weights at `path`: a file, or a model or supernet folder."""
+    inside = (Path(path) / DENSE_WEIGHTS, Path(path) / MODEL_WEIGHTS, Path(path))
+    weights = next((file for file in inside if file.is_file()), None)
+    if weights is None:
+        raise InputError(f"{path} is no dense reference; give a weights file, or a model or supernet folder.")
+    dense = config.model_copy(update={"ranks": {}, "reference": None, "calibration": None})
+    module = create_timm_model(dense.model, dense.args)
+    load_weights(module, read_weights(weights), origin=str(weights))
+    return LoadedModel(module=module, config=dense, folder=weights.parent)
 
 
 def save_model(folder: Path, module: nn.Module, config: ModelConfig, *, dtype: torch.dtype | None = None) -> None:
@@ -213,26 +243,26 @@ def save_supernet(folder: Path, supernet: nn.Module, dense_state: Mapping[str, T
 
 
 def load_supernet(folder: Path) -> LoadedSupernet:
-    """A supernet from its folder, at full rank."""
+    """A supernet from its folder, every layer at full rank."""
     folder = Path(folder)
     if not is_supernet_folder(folder):
         raise InputError(f"{folder} is no supernet folder: it holds no {SUPERNET_CONFIG}. `flora build` writes one.")
     config = SupernetConfig.load(folder / SUPERNET_CONFIG)
     module = create_timm_model(config.model, config.args)
     for name, record in config.layers.items():
-        module.set_submodule(name, _empty_elastic(record, has_bias=module.get_submodule(name).bias is not None))
+        module.set_submodule(name, _empty_elastic(record))
     load_weights(module, read_weights(folder / SUPERNET_WEIGHTS), origin=str(folder / SUPERNET_WEIGHTS))
     return LoadedSupernet(module=module.eval(), config=config, folder=folder)
 
 
-def _empty_elastic(record: LayerRecord, *, has_bias: bool) -> ElasticLinear:
+def _empty_elastic(record: LayerRecord) -> ElasticLinear:
     full_rank = min(record.in_features, record.out_features)
     return ElasticLinear(
         Factors(
             down=torch.empty(full_rank, record.in_features),
             up=torch.empty(record.out_features, full_rank),
             inner_bias=torch.empty(full_rank) if record.mean_folded else None,
-            bias=torch.empty(record.out_features) if has_bias else None,
+            bias=torch.empty(record.out_features) if record.bias else None,
             spectrum=torch.empty(0),
         )
     )
@@ -281,3 +311,4 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, origin: str)
 
 def _save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library writes files that only their owner can read

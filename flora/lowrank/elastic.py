@@ -46,7 +46,9 @@ class ElasticLinear(nn.Module):
     def folded_bias(self) -> Tensor | None:
         """The one bias [out] that does the work of both: up inner_bias + bias."""
         _, up, inner_bias = self.sliced()
-        return self.bias if inner_bias is None else self.bias + up @ inner_bias
+        if inner_bias is None or self.bias is None:
+            return self.bias
+        return self.bias + up @ inner_bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -38,7 +38,7 @@ def factorize_svd(layer: nn.Linear) -> Factors:
     left, singular, right = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
     wide_input = layer.in_features > layer.out_features
     up, down = (left * singular, right) if wide_input else (left, singular[:, None] * right)
-    return _factors(layer, down=down, up=up, inner_bias=None, bias=layer.bias, spectrum=singular.square())
+    return _factors(layer, down, up, None, layer.bias, singular.square())
 
 
 def factorize_activation(layer: nn.Linear, statistics: InputStatistics) -> Factors:
@@ -53,16 +53,24 @@ def factorize_activation(layer: nn.Linear, statistics: InputStatistics) -> Facto
     down = vectors.T @ core
     return _factors(
         layer,
-        down=down,
-        up=vectors if basis is None else basis @ vectors,
-        inner_bias=None if mean is None else -(down @ mean),
-        bias=None if mean is None else weight @ mean + layer.bias.detach().double(),
-        spectrum=energies.flip(0).clamp(min=0),
+        down,
+        vectors if basis is None else basis @ vectors,
+        None if mean is None else -(down @ mean),
+        None if mean is None else weight @ mean + layer.bias.detach().double(),
+        energies.flip(0).clamp(min=0),
     )
 
 
-def _factors(layer: nn.Linear, **tensors: Tensor | None) -> Factors:
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(layer.weight.dtype).contiguous()
+def _factors(
+    layer: nn.Linear, down: Tensor, up: Tensor, inner_bias: Tensor | None, bias: Tensor | None, spectrum: Tensor
+) -> Factors:
+    def stored(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(layer.weight.dtype).contiguous()
 
-    return Factors(**{name: cast(tensor) for name, tensor in tensors.items()})
+    return Factors(
+        down=stored(down),
+        up=stored(up),
+        inner_bias=None if inner_bias is None else stored(inner_bias),
+        bias=None if bias is None else stored(bias),
+        spectrum=stored(spectrum),
+    )

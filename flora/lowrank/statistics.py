@@ -5,7 +5,7 @@ the activations' precision and summed in float64. A layer of `n` inputs needs an
 splits a large model's layers so that one pass over the images serves each group.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,13 @@ class _Sums:
 
 @torch.inference_mode()
 def collect_statistics(
-    model: nn.Module, batches: Iterable[Tensor], targets: Sequence[str]
+    model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Linear]
 ) -> dict[str, InputStatistics]:
-    """Run `batches` of images [B, C, H, W] through `model` and return the statistics of each target's input.
+    """Run `batches` of images [B, C, H, W] through `model` and return the statistics of what each of `layers` receives.
 
     Raises `InputError` when there are no images, and naming the layer when an activation is not finite.
     """
     device = next(model.parameters()).device
-    layers = {name: model.get_submodule(name) for name in targets}
     sums = {name: _Sums(layer.in_features, device) for name, layer in layers.items()}
     hooks = [layer.register_forward_pre_hook(sums[name].add) for name, layer in layers.items()]
     training = model.training

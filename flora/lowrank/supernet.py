@@ -10,6 +10,7 @@ from flora.errors import InputError, few
 from flora.lowrank.elastic import ElasticLinear
 from flora.lowrank.factorize import Factors, factorize_activation, factorize_svd
 from flora.lowrank.statistics import collect_statistics, layer_groups
+from flora.lowrank.targets import linear_layers
 from flora.ranks.cost import ModelCost, Rank
 
 Method = Literal["activation", "svd"]
@@ -30,17 +31,17 @@ def build_supernet(
     """
     if method not in ("activation", "svd"):
         raise InputError(f"The factorization {method!r} is unknown; use activation or svd.")
-    if method == "activation" and batches is None:
+    if (method == "activation") != (batches is not None):
         raise InputError(
-            f"The activation-aware factorization has no statistics for {few(cost.shapes)}; "
-            "give calibration images, or use the method svd."
+            f"The method {method} was given {'no' if batches is None else 'some'} calibration images: activation "
+            f"has no statistics for {few(cost.shapes)} without them, and svd uses none."
         )
     factors: dict[str, Factors] = {}
     for group in layer_groups(cost.layers):
-        statistics = collect_statistics(model, batches, group) if method == "activation" else {}
-        for name in group:
-            layer = model.get_submodule(name)
-            if name in statistics:
+        layers = linear_layers(model, group)
+        statistics = collect_statistics(model, batches, layers) if batches is not None else {}
+        for name, layer in layers.items():
+            if method == "activation":
                 factors[name] = factorize_activation(layer, statistics.pop(name))
             else:
                 factors[name] = factorize_svd(layer)

@@ -6,8 +6,9 @@ layer and the MACs of the whole model; it also finds layers whose weight is read
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
@@ -37,17 +38,25 @@ def find_targets(model: nn.Module, layers: Sequence[str] = PAPER_LAYERS) -> dict
     return {name: module for name, module in linears.items() if any(_selects(entry, name) for entry in layers)}
 
 
+def linear_layers(model: nn.Module, names: Collection[str]) -> dict[str, nn.Linear]:
+    """The modules called `names`, which must be linear layers of `model`; else `InputError`."""
+    modules = dict(model.named_modules())
+    if wrong := [name for name in names if not isinstance(modules.get(name), nn.Linear)]:
+        raise InputError(f"The model has no linear layer {few(wrong)}.")
+    return {name: cast(nn.Linear, modules[name]) for name in names}
+
+
 def _selects(entry: str, name: str) -> bool:
     return fnmatchcase(name, entry) or name.rsplit(".", 1)[-1] == entry
 
 
 @torch.inference_mode()
-def trace_cost(model: nn.Module, targets: Iterable[str], input_size: tuple[int, int, int]) -> ModelCost:
+def trace_cost(model: nn.Module, targets: Collection[str], input_size: tuple[int, int, int]) -> ModelCost:
     """Count one pass over one image of `input_size` (channels, height, width) of the dense model.
 
     Attention is counted in its explicit form, since torch's counter does not see fused kernels on a CPU.
     """
-    layers = {name: model.get_submodule(name) for name in targets}
+    layers = linear_layers(model, targets)
     tokens: Counter[str] = Counter()
 
     def count_tokens(name: str):

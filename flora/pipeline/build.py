@@ -14,7 +14,7 @@ from flora.lowrank.checkpoint import (
     SupernetConfig,
     save_supernet,
 )
-from flora.lowrank.supernet import Method, build_supernet
+from flora.lowrank.supernet import Method, build_supernet, elastic_layers
 from flora.lowrank.targets import PAPER_LAYERS, find_targets, trace_cost
 from flora.provenance import now, versions
 from flora.ranks.cost import ModelCost
@@ -31,7 +31,7 @@ def build(
     method: Method = "activation",
     batch_size: int = 64,
     workers: int = 0,
-    on_layer: Callable[[str, int], None] = lambda name, total: None,
+    on_layer: Callable[[str], None] = lambda name: None,
 ) -> LoadedSupernet:
     """Factorize the selected layers of `model` and write the supernet folder `out`; the model's module is used up."""
     check_replaceable(out, marker=SUPERNET_CONFIG)
@@ -45,7 +45,7 @@ def build(
         cost,
         method=method,
         batches=images.images(batch_size) if images else None,
-        on_layer=lambda name: on_layer(name, len(cost.layers)),
+        on_layer=on_layer,
     )
     supernet = SupernetConfig(
         model=config.model,
@@ -69,11 +69,12 @@ def build(
 def _layer_records(supernet: nn.Module, cost: ModelCost, spectra: dict[str, list[float]]) -> dict[str, LayerRecord]:
     return {
         name: LayerRecord(
-            in_features=shape.in_features,
-            out_features=shape.out_features,
-            tokens=shape.tokens,
-            mean_folded=supernet.get_submodule(name).inner_bias is not None,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            tokens=cost.shapes[name].tokens,
+            bias=layer.bias is not None,
+            mean_folded=layer.inner_bias is not None,
             spectrum=tuple(float(f"{energy:.6g}") for energy in spectra[name]),
         )
-        for name, shape in cost.shapes.items()
+        for name, layer in elastic_layers(supernet).items()
     }

@@ -25,10 +25,10 @@ def chosen_ranks(
         config = RankConfig.load(file)
         config.check(model=supernet.config.model, shapes=cost.shapes)
         return config
-    if ratio is not None:
-        return _config(supernet, uniform_ranks(cost, ratio), origin=f"uniform ratio {ratio:g}")
-    ranks = uniform_ranks_for_macs(cost, macs_budget(macs, cost))
-    return _config(supernet, ranks, origin="uniform ratio for a MACs budget", budget=f"macs={macs}")
+    if macs is not None:
+        ranks = uniform_ranks_for_macs(cost, macs_budget(macs, cost))
+        return _config(supernet, ranks, origin="uniform ratio for a MACs budget", budget=f"macs={macs}")
+    return _config(supernet, uniform_ranks(cost, ratio or 0), origin=f"uniform ratio {ratio:g}")
 
 
 def _config(supernet: LoadedSupernet, ranks: dict[str, Rank], *, origin: str, budget: str | None = None) -> RankConfig:

@@ -1,7 +1,5 @@
 """The simplest choice of ranks: the same share of the full rank for every layer."""
 
-from collections.abc import Mapping
-
 from flora.errors import InputError
 from flora.ranks.cost import ModelCost, Rank
 
@@ -16,7 +14,7 @@ def uniform_ranks(cost: ModelCost, ratio: float) -> dict[str, Rank]:
     return {name: "dense" if rank == cost.shapes[name].full_rank else rank for name, rank in ranks.items()}
 
 
-def uniform_ranks_for_macs(cost: ModelCost, macs: int) -> Mapping[str, Rank]:
+def uniform_ranks_for_macs(cost: ModelCost, macs: int) -> dict[str, Rank]:
     """The largest uniform ratio whose model costs at most `macs`; `InputError` where none does."""
     if macs < cost.smallest_macs:
         raise InputError(

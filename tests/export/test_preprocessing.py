@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from export.preprocessing import preprocess
 from PIL import Image
 from timm.data import create_transform
 
+from export.preprocessing import preprocess
 from flora.preprocessing import Preprocessing
 
 SIZES = [(28, 28), (40, 31), (31, 40), (7, 5), (5, 7), (33, 33), (64, 17), (1, 9), (101, 99)]

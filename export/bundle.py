@@ -1,0 +1,207 @@
+"""The bundle: a folder with everything that is shipped, and a manifest that says what it is and what was proven.
+
+The manifest holds the SHA-256 of every other file, so that a bundle can be checked on another machine; golden images
+and logits show whether an artefact computes there what it computed here. Only an artefact that passed its verification
+may be recommended.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from export.benchmark import LatencyStats
+from export.comparison import compare
+from export.engines import EngineSpec, backend_version
+from export.runners import Runner
+from export.verify import THRESHOLDS, VerifyReport, exceeded
+from flora.artifact import Document, new_file, sha256_of_file
+from flora.errors import InputError, few, near_matches
+from flora.imagesets import ImageSetRecord
+from flora.preprocessing import Preprocessing
+
+MANIFEST = "manifest.json"
+GOLDEN = "golden.safetensors"
+LOGITS = "logits/"
+
+Status = Literal["verified", "failed", "built, not run"]
+
+
+class EngineRecord(BaseModel):
+    """What an engine was built for, and with what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: str
+    backend_version: str
+    min_batch: int
+    opt_batch: int
+    max_batch: int
+    compute_capabilities: tuple[str, ...]
+    workspace_mib: int | None = None
+
+    @classmethod
+    def of(cls, spec: EngineSpec) -> Self:
+        return cls(**asdict(spec), backend_version=backend_version(spec.backend))
+
+
+class ArtifactEntry(BaseModel):
+    """One artefact: `path` is relative to the bundle; `reason` says why it failed or was not run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    path: str
+    kind: Literal["onnx", "engine", "model"]
+    precision: Literal["fp32", "fp16", "int8"]
+    role: Literal["yardstick", "candidate"]
+    status: Status
+    reason: str | None = None
+    sha256: str
+    size_bytes: int
+    macs: int | None = None
+    params: int | None = None
+    spec: EngineRecord | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        path = PurePosixPath(self.path)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{self.name}: the path {self.path} leads out of the bundle")
+        if (self.kind == "engine") != (self.spec is not None):
+            raise ValueError(f"{self.name}: an engine, and nothing else, has a spec")
+        return self
+
+
+class Manifest(Document):
+    """`manifest.json`. `files` has every file but itself; `image_sets` is by role, `latency` by artefact."""
+
+    model: str
+    class_names: list[str] | None = None
+    preprocessing: Preprocessing
+    files: dict[str, str]
+    artifacts: list[ArtifactEntry]
+    recommended: str | None = None
+    recommendation_reason: str = ""
+    verification: VerifyReport | None = None
+    latency: dict[str, LatencyStats] = {}
+    image_sets: dict[str, ImageSetRecord] = {}
+    versions: dict[str, str] = {}
+    device: dict[str, str] = {}
+    command: list[str] = []
+    created: str
+    notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [entry.name for entry in self.artifacts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"artefact names must differ, got {names}")
+        for entry in self.artifacts:
+            if self.files.get(entry.path) != entry.sha256:
+                raise ValueError(f"{entry.name}: {entry.path} is not among the files with the same SHA-256")
+        if self.recommended is not None:
+            if self.recommended not in names:
+                raise ValueError(f"recommended is {self.recommended}, artefacts are {names}")
+            if self.artifact(self.recommended).status != "verified":
+                raise ValueError(f"recommended is {self.recommended}, which is not verified")
+        return self
+
+    def artifact(self, name: str) -> ArtifactEntry:
+        """The artefact of that name; `InputError` where there is none."""
+        for entry in self.artifacts:
+            if entry.name == name:
+                return entry
+        names = [entry.name for entry in self.artifacts]
+        raise InputError(
+            f"The bundle has no artefact {name!r}, only {', '.join(names) or 'none'}.{near_matches(name, names)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path_of(self, entry: ArtifactEntry) -> Path:
+        return self.folder / entry.path
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle's manifest; `InputError` where the folder is none or the manifest is not valid."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder} is no bundle: it holds no {MANIFEST}. Give a folder that flora export wrote.")
+    return Bundle(folder=folder, manifest=Manifest.load(folder / MANIFEST))
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a bundle but its manifest, by path relative to the folder."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    named = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: sha256_of_file(path) for name, path in named.items() if name != MANIFEST}
+
+
+def check_hashes(bundle: Bundle) -> list[str]:
+    """One line for each file that was altered, is missing, or does not belong to the bundle."""
+    recorded, found = bundle.manifest.files, hash_files(bundle.folder)
+    altered = [f"{name} was altered" for name in recorded if name in found and found[name] != recorded[name]]
+    missing = [f"{name} is missing" for name in recorded if name not in found]
+    unexpected = [f"{name} is not part of the bundle" for name in found if name not in recorded]
+    return altered + missing + unexpected
+
+
+def write_golden(path: Path, images: np.ndarray, logits: Mapping[str, np.ndarray]) -> None:
+    """Keep model inputs [N, C, H, W] and, by the path of each artefact, the logits [N, classes] it must give."""
+    if len(images) == 0 or any(len(values) != len(images) for values in logits.values()):
+        raise InputError(
+            f"Golden outputs need logits for each of 1 or more images; got {len(images)} images and logits for "
+            f"{', '.join(str(len(values)) for values in logits.values()) or 'none'}."
+        )
+    arrays = {"images": images} | {f"{LOGITS}{artifact}": values for artifact, values in logits.items()}
+    with new_file(path) as partial:
+        save_file({name: np.ascontiguousarray(values, np.float32) for name, values in arrays.items()}, partial)
+
+
+def read_golden(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Golden images, and logits by artefact; `InputError` where the file is missing, truncated or something else."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; export the bundle again.") from error
+    except SafetensorError as error:
+        raise InputError(f"{path} is no complete safetensors file ({error}); export the bundle again.") from error
+    logits = {name.removeprefix(LOGITS): values for name, values in tensors.items() if name.startswith(LOGITS)}
+    if "images" not in tensors or len(logits) != len(tensors) - 1:
+        raise InputError(f"{path} holds no golden images and logits but {few(tensors)}; export the bundle again.")
+    return tensors["images"], logits
+
+
+def check_golden(bundle: Bundle, entry: ArtifactEntry, runner: Runner) -> list[str]:
+    """One line for each way in which `runner`, which runs `entry`, strays from its golden logits.
+
+    Held are the thresholds of its precision but for agreement and accuracy, which a few images cannot judge.
+    """
+    images, logits_by_path = read_golden(bundle.folder / GOLDEN)
+    if entry.path not in logits_by_path:
+        return [f"{entry.name}: {GOLDEN} has no logits of {entry.path}"]
+    golden, logits = logits_by_path[entry.path], runner(images)
+    if logits.shape != golden.shape:
+        return [f"{entry.name}: logits have the shape {list(logits.shape)}, golden are {list(golden.shape)}"]
+    if not np.isfinite(logits).all():
+        return [f"{entry.name}: logits are not finite"]
+    difference = compare(golden, logits)
+    figures = {
+        "cosine": float(difference.cosine.mean()),
+        "max_relative": difference.max_relative,
+        "kl": float(difference.kl.mean()),
+    }
+    limits = replace(THRESHOLDS[entry.precision], min_agreement=None, max_drop=None)
+    return [f"{entry.name}: against golden logits {line}" for line in exceeded(figures, limits)]

@@ -1,0 +1,123 @@
+"""What runs a model for verification, behind one protocol: images in, logits out.
+
+A runner owns a session and gives it back when its block ends. Its `provider` is the one that really runs: ONNX Runtime
+lists providers that it cannot load, and falls back to the CPU with no more than a line in its log.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from flora.errors import BackendMissingError, InputError
+
+CPU = "CPUExecutionProvider"
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+FATAL_ONLY = 4
+
+
+class Runner(Protocol):
+    """A context manager that computes logits [B, classes] of images [B, C, H, W]."""
+
+    name: str
+    provider: str
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+
+
+class OnnxRunner:
+    """Runs an ONNX file on ONNX Runtime; the first of `providers` must really load."""
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = (CPU,), name: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.name
+        self._session = _session(self.path, threads, list(providers))
+        loaded = self._session.get_providers()
+        if providers[0] not in loaded:
+            raise BackendMissingError(
+                f"ONNX Runtime was asked for {providers[0]} and loaded {', '.join(loaded)}. Install the package and "
+                "the driver that provide it (pip install 'flora-vit[gpu]' for NVIDIA GPUs), or ask for the CPU."
+            )
+        self.provider = providers[0]
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1 or inputs[0].type not in NUMPY_TYPES:
+            found = ", ".join(f"{value.name}: {value.type}" for value in inputs)
+            raise InputError(f"{self.path} takes {found}; one floating-point image input is expected.")
+        self._input = inputs[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if self._session is None:
+            raise InputError(f"The runner of {self.path} is closed; open a new one.")
+        _check_images(images, self._input, self.path)
+        return self._session.run(None, {self._input.name: images})[0]
+
+
+def _session(path: Path, threads: int | None, providers: list[str]):
+    onnxruntime = _onnxruntime()
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give an ONNX file.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    if unknown := [name for name in providers if name not in onnxruntime.get_available_providers()]:
+        raise BackendMissingError(
+            f"ONNX Runtime has no {', '.join(unknown)} here, only "
+            f"{', '.join(onnxruntime.get_available_providers())}. Install the package that provides it."
+        )
+    failures = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except (
+        failures.Fail,
+        failures.InvalidArgument,
+        failures.InvalidGraph,
+        failures.InvalidProtobuf,
+        failures.NoModel,
+        failures.NotImplemented,
+        failures.RuntimeException,
+    ) as error:
+        raise InputError(f"{path} is no ONNX file that can run here ({error}); export or copy it again.") from error
+
+
+def _onnxruntime():
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendMissingError(
+            f"onnxruntime is not installed or does not load ({error}). Run: pip install 'flora-vit[cpu]'"
+        ) from error
+    return onnxruntime
+
+
+def _check_images(images: np.ndarray, declared, path: Path) -> None:
+    """Hold the array against the graph's input before the runtime sees it."""
+    expected = NUMPY_TYPES[declared.type]
+    shape = [size if isinstance(size, int) else None for size in declared.shape]
+    fits = len(shape) == images.ndim and all(
+        size in (None, given) for size, given in zip(shape, images.shape, strict=True)
+    )
+    if not fits or images.dtype != expected or len(images) == 0:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(
+            f"{path} takes {np.dtype(expected).name} images of shape [{wanted}], got {images.dtype} "
+            f"{list(images.shape)}; preprocess the images with the settings of this model."
+        )

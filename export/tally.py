@@ -1,0 +1,69 @@
+"""What one stage of a verification has shown so far, batch by batch; logits themselves are not kept."""
+
+import math
+
+import numpy as np
+
+from export.comparison import Comparison, compare
+from flora.errors import InputError
+
+
+class Tally:
+    """Hits against labels and comparisons with the stage before; `name` is the stage's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.images = 0
+        self.non_finite = 0
+        self.classes = 0
+        self.reference_classes: int | None = None
+        self._hits: list[np.ndarray] = []
+        self._comparisons: list[Comparison] = []
+
+    def add(self, logits: np.ndarray, labels: np.ndarray | None, reference: np.ndarray | None) -> None:
+        """Take in logits [B, classes], labels [B] if any, the logits of the compared stage if any."""
+        self.images += len(logits)
+        self.classes = logits.shape[1]
+        self.non_finite += int((~np.isfinite(logits)).any(1).sum())
+        if labels is not None:
+            best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+            self._hits.append(best == labels[:, None])
+            self._check_labels(labels, start_of_chain=reference is None)
+        if reference is not None:
+            self.reference_classes = reference.shape[1]
+            if reference.shape == logits.shape and np.isfinite(logits).all() and np.isfinite(reference).all():
+                self._comparisons.append(compare(reference, logits))
+
+    def accuracy(self) -> dict[str, float | None]:
+        """`top1` and `top5` in percent and the error of `top1` in points, as far as there are labels and numbers."""
+        labelled = sum(map(len, self._hits)) == self.images
+        if not labelled or self.non_finite:
+            return {}
+        hits = np.concatenate(self._hits)
+        top1 = float(hits[:, 0].mean())
+        return {
+            "top1": 100 * top1,
+            "top1_standard_error": 100 * math.sqrt(top1 * (1 - top1) / self.images),
+            "top5": 100 * float(hits.any(1).mean()) if self.classes > 5 else None,
+        }
+
+    def differences(self) -> dict[str, float]:
+        """Figures against the compared stage, where every image could be compared."""
+        if sum(len(part.agrees) for part in self._comparisons) != self.images:
+            return {}
+        joined = Comparison.joined(self._comparisons)
+        return {
+            "agreement": float(joined.agrees.mean()),
+            "cosine": float(joined.cosine.mean()),
+            "max_abs": float(joined.max_abs.max()),
+            "max_relative": joined.max_relative,
+            "kl": float(joined.kl.mean()),
+        }
+
+    def _check_labels(self, labels: np.ndarray, *, start_of_chain: bool) -> None:
+        if labels.min() < 0 or (start_of_chain and labels.max() >= self.classes):
+            bad = labels.min() if labels.min() < 0 else labels.max()
+            raise InputError(
+                f"The images have the label {bad}, stage {self.name} gives {self.classes} classes; "
+                "use the data set that the model was trained for."
+            )

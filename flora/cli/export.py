@@ -1,0 +1,125 @@
+"""`flora export`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from flora.cli.options import IMAGES_HELP, json_option, out_option, set_threads, split_names, threads_option
+
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+
+
+def _targets(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    from flora.errors import near_matches
+
+    targets = split_names(context, parameter, value)
+    for target in targets:
+        if target not in TARGETS:
+            raise click.BadParameter(f"{target!r} is none of {', '.join(TARGETS)}.{near_matches(target, TARGETS)}")
+    return targets or ("onnx",)
+
+
+def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
+    try:
+        smallest, usual, largest = (int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not MIN,OPT,MAX, such as 1,8,32.") from error
+    if not 1 <= smallest <= usual <= largest:
+        raise click.BadParameter(f"{value!r}: the batches must rise, 1 <= MIN <= OPT <= MAX.")
+    return smallest, usual, largest
+
+
+@click.command("export")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--ranks", type=click.Path(path_type=Path), help="Cut MODEL, a supernet folder, at this rank config.")
+@click.option(
+    "--to",
+    "targets",
+    callback=_targets,
+    default="onnx",
+    show_default=True,
+    help=f"What to build besides ONNX, which is always built: {', '.join(TARGETS)}.",
+)
+@click.option(
+    "--eval-data", metavar="IMAGES", required=True, help=f"Images that every step is verified on: {IMAGES_HELP}."
+)
+@out_option("bundle")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="The dense model to verify against (a weights file or folder) instead of the one that MODEL records.",
+)
+@click.option("--max-drop", type=float, help="Points of top-1 that low rank may cost (default 1.0).")
+@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 17 to 25.")
+@click.option(
+    "--batch",
+    "batches",
+    callback=_batches,
+    default="1,8,64",
+    show_default=True,
+    metavar="MIN,OPT,MAX",
+    help="Batch sizes: verification runs at MIN and OPT, latency at OPT, engines are built for the range.",
+)
+@click.option(
+    "--compute-capabilities",
+    callback=split_names,
+    help="GPUs that a TensorRT-RTX engine is built for, e.g. sm86,sm89 (default: all that it offers).",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Latency measurements.")
+@threads_option
+@json_option
+def command(
+    model: Path,
+    ranks: Path | None,
+    targets: tuple[str, ...],
+    eval_data: str,
+    out: Path,
+    reference: Path | None,
+    max_drop: float | None,
+    opset: int,
+    batches: tuple[int, int, int],
+    compute_capabilities: tuple[str, ...],
+    repeats: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Turn MODEL into a bundle: ONNX files, engines, and the proof that each is right.
+
+    MODEL is a compact model folder, or a supernet folder with --ranks. The same images run through the dense model, the
+    factorized one and the exported files; the fastest file that passes is recommended. Exit code 3 when a gate fails:
+    the bundle is kept, with what failed labelled so.
+    """
+    set_threads(threads)
+    from flora.cli.output import print_json, print_next, progress
+    from flora.cli.verification import print_artifacts, print_stages, print_verdict
+    from flora.errors import GateFailedError
+    from flora.pipeline.export import ExportRequest, export_bundle, load_exportable
+
+    request = ExportRequest(
+        targets=targets,
+        eval_data=eval_data,
+        reference=reference,
+        max_drop=max_drop,
+        opset=opset,
+        batches=batches,
+        compute_capabilities=compute_capabilities,
+        repeats=repeats,
+        threads=threads,
+        command=("flora", *sys.argv[1:]),
+    )
+    source = load_exportable(model, ranks)
+    with progress("exporting", None, hidden=as_json) as advance:
+        bundle = export_bundle(source, request, out, on_step=lambda step: advance())
+    manifest = bundle.manifest
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+    else:
+        print_stages(manifest.verification)
+        print_artifacts(manifest)
+        print_verdict(manifest)
+        print_next(f"the bundle {out}", f"flora verify {out} --data {eval_data}")
+    if not manifest.verification.passed:
+        raise GateFailedError(
+            f"The gate failed at {manifest.verification.first_failure}: the bundle is kept and labelled, see above."
+        )

@@ -1,0 +1,92 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads for torch and ONNX Runtime (default: theirs)."
+)
+device_option = click.option("--device", default="cpu", show_default=True, help="torch device: cpu, cuda, cuda:1.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode images."
+)
+IMAGES_HELP = "a folder or tar of class folders, or e.g. torch/cifar10,root=DIR,split=train,limit=512"
+
+
+def batch_size_option(default: int) -> Callable:
+    return click.option("--batch-size", type=click.IntRange(min=1), default=default, show_default=True)
+
+
+def out_option(what: str) -> Callable:
+    return click.option(
+        "-o", "--out", type=click.Path(path_type=Path), required=True, help=f"Folder to write the {what} to."
+    )
+
+
+def model_options(command: Callable) -> Callable:
+    """The ways to name a trained model: MODEL, with where its weights and arguments come from."""
+    for decorator in (
+        click.option(
+            "--model-kwargs",
+            "-K",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Argument of timm's create_model, e.g. -K num_classes=10 (repeatable).",
+        ),
+        click.option("--pretrained", is_flag=True, help="Fetch timm's pretrained weights from the hub."),
+        click.option(
+            "--checkpoint",
+            type=click.Path(path_type=Path),
+            help="Weights of MODEL: safetensors, or a torch file of plain weights.",
+        ),
+        click.argument("model"),
+    ):
+        command = decorator(command)
+    return command
+
+
+def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`("depth=6", "act_layer=gelu")` -> `{"depth": 6, "act_layer": "gelu"}`."""
+    result = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--model-kwargs takes KEY=VALUE, got {pair!r}.")
+        try:
+            result[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            result[key] = text
+    return result
+
+
+def split_names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Callback for an option that takes names separated by commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if value else ()
+
+
+def set_threads(threads: int | None) -> None:
+    """Apply --threads to torch."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def torch_device(name: str):
+    """The torch device called `name`, or a usage error that says what there is."""
+    import torch
+
+    from flora.errors import BackendMissingError
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendMissingError("--device cuda: torch finds no CUDA GPU here; use --device cpu.")
+    return device

@@ -1,0 +1,76 @@
+"""Verification and bundles as tables: used by `flora export` and `flora verify`."""
+
+from export.bundle import Manifest
+from export.verify import VerifyReport
+from flora.cli.output import millions, percent, print_table
+
+FP32_BYTES = 4
+
+
+def print_stages(report: VerifyReport) -> None:
+    """One row a stage: accuracy, and how it compares with the stage that it is held against."""
+    rows = [
+        [
+            stage.name,
+            percent(stage.top1),
+            "-" if stage.top1_standard_error is None else f"{stage.top1_standard_error:.2f}",
+            stage.compared_with or "-",
+            "-" if stage.agreement is None else f"{stage.agreement:.2%}",
+            "-" if stage.cosine is None else f"{stage.cosine:.6f}",
+            "-" if stage.max_abs is None else f"{stage.max_abs:.1e}",
+            "-" if stage.kl is None else f"{stage.kl:.1e}",
+            "passed" if stage.passed else "FAILED",
+        ]
+        for stage in report.stages
+    ]
+    print_table(
+        ["stage", "top-1", "error", "compared with", "agreement", "cosine", "max abs", "KL", "gate"],
+        rows,
+        title=f"Verification on {report.stages[0].images} images",
+    )
+    for stage in report.stages:
+        for failure in stage.failures:
+            print(f"{stage.name}: {failure}")
+
+
+def print_artifacts(manifest: Manifest) -> None:
+    """One row for each thing that was measured or built: cost, size, accuracy, agreement and latency.
+
+    The size of what is no file of the bundle is that of its weights in single precision.
+    """
+    stages = {stage.name: stage for stage in manifest.verification.stages} if manifest.verification else {}
+    artifacts = {entry.name: entry for entry in manifest.artifacts}
+    first = next(iter(manifest.latency.values()))
+    rows = []
+    for name in [*manifest.latency, *(name for name in artifacts if name not in manifest.latency)]:
+        entry = artifacts.get(name) or artifacts[name.replace("torch", "ONNX Runtime")]
+        stage = stages.get(name) or next((stages[key] for key in stages if key.startswith(f"{name},")), None)
+        latency = manifest.latency.get(name)
+        rows.append(
+            [
+                name,
+                millions(entry.macs),
+                millions(entry.params),
+                f"{(entry.size_bytes if name in artifacts else FP32_BYTES * (entry.params or 0)) / 2**20:.1f} MiB",
+                "-" if stage is None else f"{percent(stage.top1)} ± {stage.top1_standard_error or 0:.2f}",
+                "-" if stage is None or stage.agreement is None else f"{stage.agreement:.2%} {stage.compared_with}",
+                "-" if latency is None else f"{latency.ratio:.2f}",
+                entry.status if name in artifacts else "reference",
+            ]
+        )
+    print_table(
+        ["", "MACs", "parameters", "size", "top-1", "agrees with", "latency ratio", "status"],
+        rows,
+        title=f"Latency: over the first row, batch {first.batch_size}, median of {first.repeats} paired runs",
+    )
+
+
+def print_verdict(manifest: Manifest) -> None:
+    """What to ship and why, and what the user should know."""
+    if manifest.recommended:
+        path = manifest.artifact(manifest.recommended).path
+        print(f"Recommended: {path} ({manifest.recommended}): {manifest.recommendation_reason}.")
+    else:
+        print(f"Nothing is recommended: {manifest.recommendation_reason}.")
+    for note in manifest.notes:
+        print(f"Note: {note}")

@@ -1,0 +1,50 @@
+"""`flora verify`."""
+
+from pathlib import Path
+
+import click
+
+from flora.cli.options import IMAGES_HELP, json_option, threads_option
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", metavar="IMAGES", help=f"Labelled images to measure accuracy on: {IMAGES_HELP}.")
+@click.option("--max-drop", type=float, help="Points of top-1 that low rank may cost (default 1.0).")
+@threads_option
+@json_option
+def command(bundle: Path, data: str | None, max_drop: float | None, threads: int | None, as_json: bool) -> None:
+    """Check BUNDLE here: the hash of every file, the golden outputs, and with --data the accuracy.
+
+    Runs the ONNX files on ONNX Runtime and needs no torch. Exit code 3 when anything is not as it was exported.
+    """
+    if max_drop is not None and not data:
+        raise click.UsageError("--max-drop judges accuracy, which needs --data IMAGES.")
+    from flora.cli.output import print_json
+    from flora.cli.verification import print_stages, print_verdict
+    from flora.errors import GateFailedError
+    from flora.pipeline.verify import verify_bundle
+
+    check = verify_bundle(bundle, data=data, max_drop=max_drop, threads=threads)
+    manifest = check.bundle.manifest
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "passed": check.passed,
+                "problems": check.problems,
+                "not_run": check.not_run,
+                "report": check.report.model_dump() if check.report else None,
+            }
+        )
+    else:
+        print(f"Hashes: {len(manifest.files)} files as exported.")
+        print(f"Golden outputs: {'; '.join(check.problems) or 'reproduced by every ONNX file'}.")
+        if check.report:
+            print_stages(check.report)
+        for line in check.not_run:
+            print(f"Not run here: {line}.")
+        print_verdict(manifest)
+    if not check.passed:
+        failed = check.report.first_failure if check.report else None
+        raise GateFailedError(f"The gate failed{f' at {failed}' if failed else ''}: {bundle} does not hold here.")

@@ -1,0 +1,277 @@
+"""From a compact model to a verified bundle: export, engines, verification, latency, recommendation, manifest."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from export.benchmark import LatencyStats, paired_latency
+from export.bundle import (
+    GOLDEN,
+    MANIFEST,
+    ArtifactEntry,
+    Bundle,
+    EngineRecord,
+    Manifest,
+    hash_files,
+    load_bundle,
+    write_golden,
+)
+from export.engines import EngineSpec, backend_version, engine_from_onnx
+from export.images import ImageSet
+from export.onnx import onnx_from_module
+from export.runners import OnnxRunner, Runner
+from export.torch_runner import TorchRunner
+from export.verify import THRESHOLDS, Stage, VerifyReport, verify
+from flora.artifact import check_replaceable, new_folder, sha256_of_file
+from flora.errors import InputError
+from flora.lowrank.checkpoint import (
+    LoadedModel,
+    is_supernet_folder,
+    load_model_folder,
+    load_reference,
+    load_supernet,
+    save_model,
+)
+from flora.lowrank.targets import trace_cost
+from flora.pipeline.compact import chosen_ranks, compact_from_supernet
+from flora.pipeline.images import certified_record, open_images
+from flora.provenance import device_facts, now, versions
+
+MODEL_FOLDER = "model"
+GOLDEN_IMAGES = 8
+TORCH_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to export and how to prove it; `batches` are the smallest, usual and largest one."""
+
+    eval_data: str
+    targets: tuple[str, ...] = ("onnx",)
+    reference: Path | None = None
+    max_drop: float | None = None
+    opset: int = 20
+    batches: tuple[int, int, int] = (1, 8, 64)
+    compute_capabilities: tuple[str, ...] = ()
+    repeats: int = 20
+    threads: int | None = None
+    command: tuple[str, ...] = ()
+
+    def engine_specs(self) -> list[EngineSpec]:
+        """The engines asked for; `BackendMissingError` where a builder is not installed."""
+        smallest, usual, largest = self.batches
+        specs = [
+            EngineSpec(
+                backend=target,
+                min_batch=smallest,
+                opt_batch=usual,
+                max_batch=largest,
+                compute_capabilities=self.compute_capabilities or None,
+            )
+            for target in self.targets
+            if target != "onnx"
+        ]
+        for spec in specs:
+            backend_version(spec.backend)
+        return specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Exported:
+    """One model of the bundle: the module, its ONNX file, and the names of its stages and rows."""
+
+    name: str
+    role: str
+    model: LoadedModel
+    path: str
+    stages: list[str] = field(default_factory=list)
+
+    @property
+    def torch_name(self) -> str:
+        return f"{self.name}, torch"
+
+    @property
+    def onnx_name(self) -> str:
+        return f"{self.name}, ONNX Runtime"
+
+
+def load_exportable(path: Path, ranks: Path | None = None) -> LoadedModel:
+    """A compact (or dense) model folder, or a supernet folder cut at `ranks`."""
+    if not is_supernet_folder(path):
+        if ranks is not None:
+            raise InputError(f"--ranks cuts a supernet folder; {path} is none. A compact model has its ranks already.")
+        return load_model_folder(path)
+    if ranks is None:
+        raise InputError(f"{path} is a supernet folder: give --ranks FILE, or run flora materialize first.")
+    supernet = load_supernet(path)
+    return compact_from_supernet(supernet, chosen_ranks(supernet, file=ranks))
+
+
+def export_bundle(
+    source: LoadedModel, request: ExportRequest, out: Path, *, on_step: Callable[[str], None] = lambda step: None
+) -> Bundle:
+    """Write the bundle folder `out` and return it; a failed gate is recorded in the manifest, not raised.
+
+    What can be refused is refused before anything is built: missing backends, images, references.
+    """
+    check_replaceable(out, marker=MANIFEST)
+    specs = request.engine_specs()
+    dense = load_reference(source.config, request.reference)
+    images = open_images(request.eval_data, source.config.preprocessing)
+    record = certified_record(images, source.config.calibration)
+    name = "factorized" if source.config.ranks else "dense"
+    compact = _Exported(name=name, role="candidate", model=source, path="onnx/model-fp32.onnx")
+    exported = [compact]
+    if dense is not None:
+        exported.insert(0, _Exported(name="dense", role="yardstick", model=dense, path="onnx/dense-fp32.onnx"))
+    with new_folder(out, marker=MANIFEST) as folder:
+        on_step("writing the compact model")
+        save_model(folder / MODEL_FOLDER, source.module, source.config)
+        for one in exported:
+            on_step(f"exporting the {one.name} model to ONNX")
+            _export_onnx(one, folder, request)
+        for spec in specs:
+            on_step(f"building the {spec.backend} engine")
+            engine_from_onnx(folder / compact.path, folder / _engine_path(spec), spec)
+        on_step("verifying every step")
+        report, latency = _prove(exported, folder, images, request)
+        entries = [_onnx_entry(one, folder, report) for one in exported]
+        entries += [_engine_entry(spec, folder, entries[-1]) for spec in specs]
+        recommended, reason = _recommend(entries, latency)
+        manifest = Manifest(
+            model=source.config.model,
+            class_names=source.config.class_names and list(source.config.class_names),
+            preprocessing=source.config.preprocessing,
+            files=hash_files(folder),
+            artifacts=entries,
+            recommended=recommended,
+            recommendation_reason=reason,
+            verification=report,
+            latency=latency,
+            image_sets={"evaluation": record}
+            | ({"calibration": source.config.calibration} if source.config.calibration else {}),
+            versions=versions(),
+            device=device_facts() | ({"threads": str(request.threads)} if request.threads else {}),
+            command=list(request.command),
+            created=now(),
+            notes=_notes(dense, report),
+        )
+        manifest.save(folder / MANIFEST)
+    return load_bundle(out)
+
+
+def _engine_path(spec: EngineSpec) -> str:
+    return f"engines/model-fp32-{spec.backend}.engine"
+
+
+def _export_onnx(exported: _Exported, folder: Path, request: ExportRequest) -> None:
+    onnx_from_module(
+        exported.model.module,
+        folder / exported.path,
+        preprocessing=exported.model.config.preprocessing,
+        class_names=exported.model.config.class_names,
+        opset=request.opset,
+        max_batch=request.batches[2],
+    )
+
+
+def _prove(
+    exported: list[_Exported], folder: Path, images: ImageSet, request: ExportRequest
+) -> tuple[VerifyReport, dict[str, LatencyStats]]:
+    """Verify every step on all images, write the golden outputs, and measure latency at the usual batch.
+
+    The chain: dense, dense on ONNX Runtime; factorized against dense; factorized on ONNX Runtime at two batches. The
+    latency of everything is compared with the yardstick on ONNX Runtime, or without one with the model itself.
+    """
+    thresholds = dict(THRESHOLDS)
+    if request.max_drop is not None:
+        thresholds["lowrank"] = replace(thresholds["lowrank"], max_drop=request.max_drop)
+    smallest, usual, _ = request.batches
+    golden, _ = next(iter(images.batches(GOLDEN_IMAGES)))
+    stages: list[Stage] = []
+    runners: dict[str, Runner] = {}
+    golden_logits: dict[str, np.ndarray] = {}
+    with ExitStack() as opened:
+        for one in exported:
+            torch_runner = opened.enter_context(TorchRunner(one.model.module, name=one.torch_name))
+            onnx_runner = opened.enter_context(
+                OnnxRunner(folder / one.path, name=one.onnx_name, threads=request.threads)
+            )
+            first = stages[0].name if stages else None
+            chain = [(one.torch_name, torch_runner, TORCH_BATCH, "lowrank", first)]
+            for batch in dict.fromkeys((smallest, usual) if one.role == "candidate" else (usual,)):
+                chain.append((f"{one.onnx_name}, batch {batch}", onnx_runner, batch, "fp32", chain[-1][0]))
+            for name, runner, batch, kind, compared_with in chain:
+                stages.append(Stage(name=name, runner=runner, batch_size=batch, kind=kind, compared_with=compared_with))
+                one.stages.append(name)
+            runners[one.onnx_name] = onnx_runner
+            runners[one.torch_name] = torch_runner
+            golden_logits[one.path] = torch_runner(golden)
+        report = verify(stages, images, thresholds=thresholds)
+        write_golden(folder / GOLDEN, golden, golden_logits)
+        batch_images = np.resize(golden, (usual, *golden.shape[1:]))
+        return report, paired_latency(runners, batch_images, repeats=request.repeats)
+
+
+def _onnx_entry(exported: _Exported, folder: Path, report: VerifyReport) -> ArtifactEntry:
+    failed = [stage for stage in report.stages if stage.name in exported.stages and not stage.passed]
+    cost = trace_cost(exported.model.module, [], exported.model.config.preprocessing.input_size)
+    return ArtifactEntry(
+        name=exported.onnx_name,
+        path=exported.path,
+        kind="onnx",
+        precision="fp32",
+        role=exported.role,
+        status="failed" if failed else "verified",
+        reason="; ".join(f"{stage.name}: {', '.join(stage.failures)}" for stage in failed) or None,
+        sha256=sha256_of_file(folder / exported.path),
+        size_bytes=(folder / exported.path).stat().st_size,
+        macs=cost.dense_macs,
+        params=cost.dense_params,
+    )
+
+
+def _engine_entry(spec: EngineSpec, folder: Path, compact: ArtifactEntry) -> ArtifactEntry:
+    path = _engine_path(spec)
+    return ArtifactEntry(
+        name=compact.name.replace("ONNX Runtime", spec.backend),
+        path=path,
+        kind="engine",
+        precision="fp32",
+        role="candidate",
+        status="built, not run",
+        reason="built ahead of time; run flora verify on the device that it is for",
+        sha256=sha256_of_file(folder / path),
+        size_bytes=(folder / path).stat().st_size,
+        macs=compact.macs,
+        params=compact.params,
+        spec=EngineRecord.of(spec),
+    )
+
+
+def _recommend(entries: list[ArtifactEntry], latency: dict[str, LatencyStats]) -> tuple[str | None, str]:
+    """The fastest artefact that ran here and passed its gate, and why; the yardstick when nothing beats it."""
+    verified = [entry for entry in entries if entry.status == "verified"]
+    if not verified:
+        return None, "nothing passed its gate"
+    best = min(verified, key=lambda entry: latency[entry.name].median_ms)
+    if best.role == "yardstick":
+        return best.name, "the factorized model is slower here or failed its gate: ship the dense one"
+    if len(verified) == 1:
+        return best.name, "it passed every gate; there is no dense model to compare it with"
+    return best.name, f"it passed every gate and takes {latency[best.name].ratio:.2f} of the dense model's time"
+
+
+def _notes(dense: LoadedModel | None, report: VerifyReport) -> list[str]:
+    notes = []
+    if dense is None:
+        notes.append(
+            "The dense reference was not found: what low rank costs in accuracy is not verified. "
+            "Name it with --reference."
+        )
+    if report.stages[0].top1 is None:
+        notes.append("The images have no labels: agreement with the dense model stands in for accuracy.")
+    return notes

@@ -1,0 +1,25 @@
+"""Opening the images that a step judges by: without torch where they are files, through timm otherwise."""
+
+from export.images import ImageSet, LabelledImages
+from flora.errors import InputError
+from flora.imagesets import ImageSetRecord, ImageSetSpec
+from flora.preprocessing import Preprocessing
+
+
+def open_images(text: str, preprocessing: Preprocessing) -> ImageSet:
+    """The image set that `text` names (see `ImageSetSpec.parse`), preprocessed for one model."""
+    if not ImageSetSpec.parse(text).name:
+        return LabelledImages(text, preprocessing)
+    try:
+        from flora.training.data import TimmImages
+    except ImportError as error:
+        raise InputError(f"{text} is read through torch and timm, which are not installed ({error}).") from error
+    return TimmImages(text, preprocessing)
+
+
+def certified_record(images: ImageSet, calibration: ImageSetRecord | None) -> ImageSetRecord:
+    """The record of evaluation images; refused when a calibration image is among them."""
+    record = images.record()
+    if calibration is not None:
+        record.refuse_overlap(calibration, own_role="evaluation", other_role="calibration")
+    return record

@@ -1,0 +1,72 @@
+"""Checking a bundle, on the machine that made it or on another: files, golden outputs, accuracy. Needs no torch."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from export.bundle import ArtifactEntry, Bundle, check_golden, check_hashes, load_bundle
+from export.runners import OnnxRunner
+from export.verify import THRESHOLDS, Stage, VerifyReport, verify
+from flora.errors import GateFailedError
+from flora.pipeline.images import certified_record, open_images
+
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleCheck:
+    """What was found: `problems` by sentence, the artefacts that were not run, and figures on images if given."""
+
+    bundle: Bundle
+    problems: list[str]
+    not_run: list[str]
+    report: VerifyReport | None
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and (self.report is None or self.report.passed)
+
+
+def verify_bundle(
+    folder: Path, *, data: str | None = None, max_drop: float | None = None, threads: int | None = None
+) -> BundleCheck:
+    """Check the hashes of all files, then run every ONNX file on the golden images, and on `data` if given.
+
+    A file whose hash is wrong ends the check with a `GateFailedError`: it is not run.
+    """
+    bundle = load_bundle(folder)
+    if problems := check_hashes(bundle):
+        raise GateFailedError(f"{folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run.")
+    manifest = bundle.manifest
+    images = open_images(data, manifest.preprocessing) if data else None
+    if images is not None:
+        certified_record(images, manifest.image_sets.get("calibration"))
+    runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx"]
+    with ExitStack() as opened:
+        runners = {
+            entry.name: opened.enter_context(OnnxRunner(bundle.folder / entry.path, threads=threads, name=entry.name))
+            for entry in runnable
+        }
+        problems = [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]
+        report = None
+        if images is not None:
+            thresholds = dict(THRESHOLDS)
+            if max_drop is not None:
+                thresholds["lowrank"] = replace(thresholds["lowrank"], max_drop=max_drop)
+            report = verify(_stages(runnable, runners), images, thresholds=thresholds)
+    not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry.kind == "engine"]
+    return BundleCheck(bundle=bundle, problems=problems, not_run=not_run, report=report)
+
+
+def _stages(entries: list[ArtifactEntry], runners: dict[str, OnnxRunner]) -> list[Stage]:
+    """The yardstick first; every candidate against it at one batch, and against itself at another."""
+    stages: list[Stage] = []
+    for entry in sorted(entries, key=lambda entry: entry.role != "yardstick"):
+        before = stages[0].name if stages else None
+        for batch, kind in zip(BATCHES, ("lowrank", entry.precision), strict=True):
+            name = f"{entry.name}, batch {batch}"
+            stages.append(
+                Stage(name=name, runner=runners[entry.name], batch_size=batch, kind=kind, compared_with=before)
+            )
+            before = name
+    return stages

@@ -1,0 +1,115 @@
+"""Runners compute what torch computes, say what really runs, and refuse what does not fit before they run it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from export_samples import random_images, tiny_model
+
+from export.runners import CPU, OnnxRunner
+from export.torch_runner import TorchRunner
+from flora.errors import BackendMissingError, InputError
+
+TORCH_FREE = ("verify", "images", "preprocessing", "runners", "bundle", "benchmark", "engines")
+
+
+def test_onnx_and_torch_agree(onnx_file, model):
+    images = random_images(3)
+    with OnnxRunner(onnx_file, threads=1) as on_onnx, TorchRunner(model, name="torch") as on_torch:
+        np.testing.assert_allclose(on_onnx(images), on_torch(images), atol=1e-4)
+        assert (on_onnx.provider, on_torch.provider) == (CPU, "torch cpu")
+        assert (on_onnx.name, on_torch.name) == ("model.onnx", "torch")
+
+
+def test_the_torch_runner_leaves_the_module_as_it_was():
+    model = tiny_model().train()
+    with TorchRunner(model, name="torch") as runner:
+        assert np.array_equal(runner(random_images(2)), runner(random_images(2)))
+        assert not model.training
+    assert all(layer.training for layer in model.modules())
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        random_images(2)[:, :, :14],
+        random_images(2)[0],
+        random_images(2).astype(np.float64),
+        random_images(2).repeat(3, axis=1),
+        random_images(2)[:0],
+    ],
+    ids=["size", "rank", "dtype", "channels", "empty"],
+)
+def test_images_that_do_not_fit_are_refused_before_inference(onnx_file, images):
+    with (
+        OnnxRunner(onnx_file) as runner,
+        pytest.raises(InputError, match=r"takes float32 images of shape \[any, 1, 28, 28\], got "),
+    ):
+        runner(images)
+
+
+def test_a_closed_runner_says_so(onnx_file):
+    with OnnxRunner(onnx_file) as runner:
+        pass
+    with pytest.raises(InputError, match="closed"):
+        runner(random_images(1))
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx", None])
+def test_a_corrupt_file_is_refused(onnx_file, tmp_path, content):
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(onnx_file.read_bytes()[:-1000] if content is None else content)
+    with pytest.raises(InputError, match=r"bad\.onnx"):
+        OnnxRunner(path)
+    with pytest.raises(InputError, match="does not exist"):
+        OnnxRunner(tmp_path / "none.onnx")
+
+
+def test_a_provider_that_is_not_there_is_refused(onnx_file):
+    with pytest.raises(BackendMissingError, match="ImaginaryExecutionProvider"):
+        OnnxRunner(onnx_file, providers=("ImaginaryExecutionProvider",))
+
+
+def test_a_silent_fall_back_to_the_cpu_is_refused(onnx_file, monkeypatch):
+    """A package that claims CUDA without a driver: the list names it, the session loads the CPU."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+    plain_session = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda path, options, providers: plain_session(path, options, providers=[CPU])
+    )
+    with pytest.raises(BackendMissingError, match=f"asked for CUDAExecutionProvider and loaded {CPU}"):
+        OnnxRunner(onnx_file, providers=("CUDAExecutionProvider",))
+
+
+def test_a_missing_runtime_says_what_to_install(onnx_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendMissingError, match=r"pip install 'flora-vit\[cpu\]'"):
+        OnnxRunner(onnx_file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(model):
+    with pytest.raises(BackendMissingError, match="no GPU"):
+        TorchRunner(model, name="torch", device="cuda")
+
+
+def test_serving_modules_import_and_run_without_torch(onnx_file, image_folder):
+    program = f"""
+import sys
+for name in ("torch", "torchvision", "timm", "onnx"):
+    sys.modules[name] = None
+import {", ".join(f"export.{name}" for name in TORCH_FREE)}
+from export.images import LabelledImages
+from export.runners import OnnxRunner
+from export.verify import Stage, verify
+from flora.preprocessing import Preprocessing
+settings = Preprocessing(input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))
+with OnnxRunner({str(onnx_file)!r}, threads=1) as runner:
+    stages = [Stage(name="onnx", runner=runner, batch_size=7, kind="fp32")]
+    print(verify(stages, LabelledImages({str(image_folder)!r}, settings)).stages[0].images)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "20\n", done.stderr
