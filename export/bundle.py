@@ -13,7 +13,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from export.benchmark import LatencyStats
 from export.comparison import compare
@@ -167,7 +167,8 @@ def write_golden(path: Path, images: np.ndarray, logits: Mapping[str, np.ndarray
         )
     arrays = {"images": images} | {f"{LOGITS}{artifact}": values for artifact, values in logits.items()}
     with new_file(path) as partial:
-        save_file({name: np.ascontiguousarray(values, np.float32) for name, values in arrays.items()}, partial)
+        # As bytes: the library's own writer hides a full disk behind an error of its own.
+        partial.write_bytes(save({name: np.ascontiguousarray(values, np.float32) for name, values in arrays.items()}))
 
 
 def read_golden(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:

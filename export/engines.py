@@ -51,7 +51,7 @@ class EngineSpec:
         self._check_compute_capabilities()
 
     def _check_compute_capabilities(self) -> None:
-        allowed, given = COMPUTE_CAPABILITIES[self.backend], self.compute_capabilities
+        allowed, given = COMPUTE_CAPABILITIES[self.backend], self.compute_capabilities or ()
         if not allowed and given:
             raise InputError(f"{self.backend} builds for the GPU that is present; give no compute capabilities.")
         if allowed and (not given or len(set(given)) != len(given) or not set(given) <= set(allowed)):
@@ -105,7 +105,7 @@ def _network_flags(trt: ModuleType) -> int:
 def _collecting_logger(trt: ModuleType) -> Any:
     """A logger that keeps error messages and prints nothing; its base class exists only once a backend is there."""
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

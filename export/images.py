@@ -35,6 +35,10 @@ class ImageSet(Protocol):
         """Images float32 [B, C, H, W] and labels int64 [B], or None for the labels."""
         ...
 
+    def record(self) -> ImageSetRecord:
+        """What an artefact keeps of these images."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:

@@ -89,11 +89,11 @@ def eager_attention_of(module: nn.Module) -> Iterator[None]:
     fused = {layer: layer.fused_attn for layer in module.modules() if hasattr(layer, "fused_attn")}
     try:
         for layer in fused:
-            layer.fused_attn = False
+            setattr(layer, "fused_attn", False)  # noqa: B010 (a plain attribute, which nn.Module's types hide)
         yield
     finally:
         for layer, value in fused.items():
-            layer.fused_attn = value
+            setattr(layer, "fused_attn", value)  # noqa: B010
 
 
 class _Wrapped(nn.Module):
@@ -102,6 +102,8 @@ class _Wrapped(nn.Module):
     def __init__(self, module: nn.Module, settings: Preprocessing, *, normalize: bool, softmax: bool) -> None:
         super().__init__()
         self.module, self.normalize, self.softmax = module, normalize, softmax
+        self.mean: Tensor
+        self.std: Tensor
         like = next(module.parameters())
         for name, values in (("mean", settings.mean), ("std", settings.std)):
             tensor = torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
@@ -159,11 +161,12 @@ def _export(
         except torch.onnx.OnnxExporterError as error:
             reason = _first_line(_root_cause(error))
             raise FloraError(f"{failed}{reason}. Check that it runs on such images.") from error
+    assert program is not None  # dynamo=True always gives a program
     if program.model.opset_imports[""] != opset:
         raise FloraError(f"{failed}the exporter stops at {program.model.opset_imports['']}. Use that opset or 20.")
     graph = program.model.graph
     # The exporter may take the batch for a constant without a word.
-    if any(isinstance(value.shape[0], int) for value in (graph.inputs[0], graph.outputs[0])):
+    if any(value.shape is None or isinstance(value.shape[0], int) for value in (graph.inputs[0], graph.outputs[0])):
         raise FloraError(f"{failed}the batch came out fixed. Remove from the model what depends on its size.")
     return program
 

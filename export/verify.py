@@ -115,7 +115,7 @@ def verify(
         logits: dict[str, np.ndarray] = {}
         for stage in stages:
             logits[stage.name] = _logits(stage, batch)
-            tallies[stage.name].add(logits[stage.name], labels, logits.get(stage.compared_with))
+            tallies[stage.name].add(logits[stage.name], labels, logits.get(stage.compared_with or ""))
         done += len(batch)
         if progress is not None:
             progress(done, len(images))
@@ -207,8 +207,11 @@ def exceeded(figures: Mapping[str, float | None], limits: Thresholds) -> list[st
         ("kl", limits.max_kl, "above"),
         ("drop", limits.max_drop, "above"),
     )
-    return [
-        f"{name} is {figures[name]:.6g}, {side} {limit:g}"
-        for name, limit, side in bounds
-        if limit is not None and (figures[name] < limit if side == "below" else figures[name] > limit)
-    ]
+    lines = []
+    for name, limit, side in bounds:
+        figure = figures.get(name)
+        if limit is None or figure is None:
+            continue
+        if figure < limit if side == "below" else figure > limit:
+            lines.append(f"{name} is {figure:.6g}, {side} {limit:g}")
+    return lines

@@ -122,7 +122,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise FloraError(f"The disk is full; {path} was not written. Free some space and run again.") from error
+            raise FloraError("The disk is full and nothing was written. Free some space and run again.") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(f"{path} cannot be written: {error.strerror}. Give another place.") from error
         raise

@@ -22,7 +22,7 @@ class ImageSetSpec:
     """Which images: `name` is empty for a folder or tar at `root`; `limit` takes that many, evenly spaced."""
 
     name: str
-    root: str | None
+    root: str
     split: str
     limit: int | None
 
@@ -44,7 +44,7 @@ class ImageSetSpec:
             raise InputError(f"{text!r}: limit must be at least 1.")
         return cls(
             name=first if named else "",
-            root=options.get("root") if named else first,
+            root=options.get("root", "") if named else first,
             split=options.get("split", "validation"),
             limit=limit,
         )
@@ -71,10 +71,10 @@ class ImageSetRecord(BaseModel):
 
     @classmethod
     def of(cls, spec: str, images: int, image_digests: list[str] | None) -> Self:
-        digest = None if image_digests is None else hashlib.sha256("".join(sorted(image_digests)).encode()).hexdigest()
-        return cls(
-            spec=spec, images=images, digest=digest, image_digests=None if digest is None else tuple(image_digests)
-        )
+        if image_digests is None:
+            return cls(spec=spec, images=images, digest=None, image_digests=None)
+        digest = hashlib.sha256("".join(sorted(image_digests)).encode()).hexdigest()
+        return cls(spec=spec, images=images, digest=digest, image_digests=tuple(image_digests))
 
     def refuse_overlap(self, other: "ImageSetRecord", *, own_role: str, other_role: str) -> None:
         """Raise `InputError` when the two sets share an image."""

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
 
 class Preprocessing(BaseModel):
@@ -14,7 +14,7 @@ class Preprocessing(BaseModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
-    crop_pct: float = 0.875
+    crop_pct: PositiveFloat = 0.875
     crop_mode: Literal["center", "squash", "border"] = "center"
 
     @model_validator(mode="after")

@@ -63,6 +63,9 @@ def main() -> None:
     except FloraError as error:
         click.echo(f"flora: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"flora: {error}", err=True)
+        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("flora: interrupted; what was not finished was not written.", err=True)
         sys.exit(130)

@@ -80,7 +80,7 @@ def command(
             out,
             data=data,
             layers=layers,
-            method=method,
+            method="svd" if method == "svd" else "activation",
             batch_size=batch_size,
             workers=workers,
             on_layer=lambda name: advance(1),

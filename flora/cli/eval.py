@@ -52,12 +52,13 @@ def command(
 
     from flora.cli.output import percent, print_json, print_table, progress
     from flora.errors import InputError
-    from flora.lowrank.checkpoint import is_supernet_folder, load_model, load_supernet
+    from flora.lowrank.checkpoint import LoadedModel, LoadedSupernet, is_supernet_folder, load_model, load_supernet
     from flora.lowrank.supernet import set_ranks
     from flora.ranks.config import RankConfig
     from flora.training.data import TimmImages
     from flora.training.evaluate import evaluate
 
+    loaded: LoadedModel | LoadedSupernet
     if is_supernet_folder(Path(model)):
         loaded = load_supernet(Path(model))
         if ranks:

@@ -1,7 +1,7 @@
 """How results and progress are printed: results to stdout, as a table or JSON; progress to stderr."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,11 +37,19 @@ def print_next(wrote: str, command: str | None = None) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int | None, *, hidden: bool = False) -> Iterator:
+def progress(description: str, total: int | None, *, hidden: bool = False) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr; yields a function that advances it by a number of steps."""
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps=1: bar.advance(task, steps)
+
+
+@contextmanager
+def status(*, hidden: bool = False) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done; yields the function that changes it."""
+    console = Console(stderr=True, quiet=hidden)
+    with console.status("starting") as line:
+        yield line.update
 
 
 def millions(count: int | None) -> str:

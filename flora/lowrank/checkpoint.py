@@ -5,7 +5,9 @@ the rank of every factorized layer (none in a dense model). A supernet folder ho
 that they came from, and `supernet.json`. Everything reloads without pickle.
 """
 
+import errno
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +191,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
     for name, layer in linear_layers(module, config.ranks).items():
         rank = config.ranks[name]
         shape = LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=1)
-        if rank != "dense" and shape.is_factored(rank):
+        if shape.is_factored(rank):
             down = nn.Linear(layer.in_features, rank, bias=False)
             module.set_submodule(name, pair(down, nn.Linear(rank, layer.out_features, bias=layer.bias is not None)))
     load_weights(module, read_weights(folder / MODEL_WEIGHTS), origin=str(folder / MODEL_WEIGHTS))
@@ -310,5 +312,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, origin: str)
 
 
 def _save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library gives the system's error as text only.
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
     path.chmod(0o644)  # the library writes files that only their owner can read

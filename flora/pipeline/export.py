@@ -62,6 +62,8 @@ class ExportRequest:
 
     def engine_specs(self) -> list[EngineSpec]:
         """The engines asked for; `BackendMissingError` where a builder is not installed."""
+        if self.compute_capabilities and "tensorrt-rtx" not in self.targets:
+            raise InputError("Compute capabilities are chosen for tensorrt-rtx only, which is not among the targets.")
         smallest, usual, largest = self.batches
         specs = [
             EngineSpec(
@@ -69,7 +71,7 @@ class ExportRequest:
                 min_batch=smallest,
                 opt_batch=usual,
                 max_batch=largest,
-                compute_capabilities=self.compute_capabilities or None,
+                compute_capabilities=(self.compute_capabilities or None) if target == "tensorrt-rtx" else None,
             )
             for target in self.targets
             if target != "onnx"
@@ -201,7 +203,9 @@ def _prove(
                 OnnxRunner(folder / one.path, name=one.onnx_name, threads=request.threads)
             )
             first = stages[0].name if stages else None
-            chain = [(one.torch_name, torch_runner, TORCH_BATCH, "lowrank", first)]
+            chain: list[tuple[str, Runner, int, str, str | None]] = [
+                (one.torch_name, torch_runner, TORCH_BATCH, "lowrank", first)
+            ]
             for batch in dict.fromkeys((smallest, usual) if one.role == "candidate" else (usual,)):
                 chain.append((f"{one.onnx_name}, batch {batch}", onnx_runner, batch, "fp32", chain[-1][0]))
             for name, runner, batch, kind, compared_with in chain:

@@ -9,7 +9,7 @@ and so does the cost.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from pydantic import StrictInt
 
@@ -44,7 +44,7 @@ class LayerShape:
         """The smallest rank at which two factors cost at least as much as the dense matrix."""
         return -(-self.dense_weights // (self.in_features + self.out_features))
 
-    def is_factored(self, rank: Rank) -> bool:
+    def is_factored(self, rank: Rank) -> TypeGuard[int]:
         """Whether materializing at `rank` gives two factors instead of the dense product."""
         return rank != "dense" and rank < self.break_even_rank
 

@@ -1,7 +1,8 @@
 """Images from any dataset that timm's factory reads, with the model's own evaluation transform."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,37 +66,39 @@ class ImageBatches:
 
 
 class _Decoded(Dataset):
-    """A map-style dataset that fails on an undecodable image; timm's own replaces it by the next one."""
+    """A map-style dataset that fails on an undecodable image (timm's own replaces it by the next one).
 
-    def __init__(self, source: Dataset, mode: str, transform) -> None:
+    The label is -1 where timm has none, and where a folder holds no class folders (one nameless class for timm).
+    """
+
+    def __init__(self, source: Any, mode: str, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source, self.mode, self.transform = source, mode, transform
-
-    def __len__(self) -> int:
-        return len(self.source)
+        classes = getattr(getattr(source, "reader", None), "class_to_idx", None)
+        self.labelled = classes is None or not set(classes) <= {"", "."}
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if hasattr(self.source, "reader"):
             file, label, *_ = self.source.reader[index]
             try:
                 image = Image.open(file).convert(self.mode)
-            except OSError as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise InputError(
-                    f"{self.source.filename(index)} is no image that can be decoded; repair or remove it."
+                    f"{self.source.filename(index)} cannot be decoded as an image; repair or remove it."
                 ) from error
         else:
             image, label = self.source[index]
             image = image.convert(self.mode)
-        return self.transform(image), -1 if label is None else label
+        return self.transform(image), label if self.labelled and label is not None else -1
 
 
-def eval_transform(preprocessing: Preprocessing):
+def eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
     """timm's evaluation transform for these settings: PIL image -> [C, H, W]."""
     return create_transform(**preprocessing.model_dump(), is_training=False)
 
 
-def _open(spec: ImageSetSpec, mode: str) -> Dataset:
+def _open(spec: ImageSetSpec, mode: str) -> Any:
     try:
-        return create_dataset(spec.name, root=spec.root, split=spec.split, input_img_mode=mode)
+        return create_dataset(spec.name, root=spec.root or None, split=spec.split, input_img_mode=mode)
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as error:
         reason = str(error) or f"{spec.root} does not exist"
         hint = near_matches(spec.name.partition("/")[2], _torchvision_names()) if spec.name.startswith("torch/") else ""
@@ -108,7 +111,7 @@ def _torchvision_names() -> list[str]:
     return list(_TORCH_BASIC_DS)
 
 
-def _content(source: Dataset, index: int) -> bytes:
+def _content(source: Any, index: int) -> bytes:
     if hasattr(source, "reader"):
         return source.reader[index][0].read()
     image = source[index][0]

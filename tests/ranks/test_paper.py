@@ -28,9 +28,7 @@ def deit_costs() -> dict[str, ModelCost]:
 
 def _ranks(cost: ModelCost, dim: int, blocks) -> dict[str, Rank]:
     flat = [rank for block in blocks for rank in block]
-    return {
-        layer.name: "dense" if rank == dim else rank for layer, rank in zip(cost.layers, flat, strict=True)
-    }
+    return {layer.name: "dense" if rank == dim else rank for layer, rank in zip(cost.layers, flat, strict=True)}
 
 
 def test_targets_come_in_the_papers_order(deit_costs: dict[str, ModelCost]):

@@ -36,7 +36,8 @@ def test_smallest_and_largest_lie_in_the_space():
 
 
 @pytest.mark.parametrize(
-    "ranks", [{"a": 2, "b": 3}, {"a": 3, "b": 3, "c": 1}, {"a": 2, "b": 3, "c": 1, "d": 1}, {"a": 2, "b": "dense", "c": 1}]
+    "ranks",
+    [{"a": 2, "b": 3}, {"a": 3, "b": 3, "c": 1}, {"a": 2, "b": 3, "c": 1, "d": 1}, {"a": 2, "b": "dense", "c": 1}],
 )
 def test_other_configs_do_not_lie_in_the_space(ranks: dict):
     assert ranks not in SPACE
