@@ -48,6 +48,7 @@ WITH_ENGINE = (
 )
 BATCHES = (1, 3, 8)
 SEED = 0
+THREADS = 1
 
 
 def measure(name: str) -> dict[str, float]:
@@ -74,7 +75,7 @@ def measure(name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx_from_module(compact, path, preprocessing=settings)
-        with OnnxRunner(path) as runner:
+        with OnnxRunner(path, threads=THREADS) as runner:
             result["onnx_difference"] = max(
                 float(np.abs(runner(images[:batch].numpy()) - expected[:batch].numpy()).max()) for batch in BATCHES
             )
@@ -91,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="keep the models that a former run has finished")
     options = parser.parse_args()
+    torch.set_num_threads(THREADS)
     figures = {
         name: arm("families", name, lambda name=name: measure(name), fresh=not options.resume) for name in MODELS
     }
@@ -116,7 +118,7 @@ def main() -> None:
         rows=rows,
         figures=figures,
         bars=bars,
-        settings={"batches": list(BATCHES), "seed": SEED, "threads": torch.get_num_threads()},
+        settings={"batches": list(BATCHES), "seed": SEED, "threads": THREADS},
     )
 
 

@@ -21,6 +21,7 @@ PAIRS_OF_EXPORTS = 5
 PAIRS_OF_STARTS = 15
 VIT_L = "vit_large_patch16_224"
 CALIBRATION_IMAGES = 8
+THREADS = 1
 
 
 def seconds(job: Callable[[], object]) -> float:
@@ -129,6 +130,7 @@ def start_of_the_command_line() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory-child", action="store_true", help=argparse.SUPPRESS)
+    torch.set_num_threads(THREADS)
     if parser.parse_args().memory_child:
         memory_child()
         return
@@ -155,7 +157,7 @@ def main() -> None:
             "pairs of exports": PAIRS_OF_EXPORTS,
             "pairs of starts": PAIRS_OF_STARTS,
             "calibration images": CALIBRATION_IMAGES,
-            "threads": torch.get_num_threads(),
+            "threads": THREADS,
         },
     )
 

@@ -142,7 +142,8 @@ def is_supernet_folder(path: Path) -> bool:
 def create_timm_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """A timm model in eval mode; an unknown name or argument is an `InputError` with near matches."""
     if not timm.is_model(name):
-        raise InputError(f"timm knows no model {name!r}.{near_matches(name.split('.')[0], timm.list_models())}")
+        hint = near_matches(name.split(".")[0], timm.list_models())
+        raise InputError(f"{name!r} is neither a folder here nor a model that timm knows.{hint}")
     try:
         return timm.create_model(name, pretrained=pretrained, **args).eval()
     except (TypeError, AssertionError, ValueError) as error:

@@ -42,7 +42,7 @@ class _Sums:
         self.products += rows.T @ rows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect_statistics(
     model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Linear]
 ) -> dict[str, InputStatistics]:

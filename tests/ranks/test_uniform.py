@@ -1,5 +1,6 @@
 """Uniform ranks: one ratio for all layers, and the largest one within a MACs budget."""
 
+import itertools
 import random
 
 import pytest
@@ -15,7 +16,7 @@ UNEVEN = cost_of((48, 144, 50), (48, 192, 50), (192, 48, 50), (30, 90, 13), (7, 
 def _steps(cost: ModelCost) -> list[float]:
     """One ratio inside each interval on which `uniform_ranks` is constant, ascending."""
     edges = sorted({(k + 0.5) / layer.full_rank for layer in cost.layers for k in range(layer.full_rank)} | {0, 1})
-    return [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+    return [(low + high) / 2 for low, high in itertools.pairwise(edges)]
 
 
 def test_every_layer_gets_the_same_share():

@@ -1,0 +1,71 @@
+"""What only an NVIDIA GPU can show. Skipped without one; FLORA_REQUIRE_GPU=1 turns the skip into a failure."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.engines import EngineSpec, engine_from_onnx
+from export.onnx import onnx_from_module
+from export.runners import CPU, OnnxRunner
+from flora.lowrank.supernet import active_ranks, build_supernet
+from flora.lowrank.targets import find_targets, trace_cost
+from flora.ranks.uniform import uniform_ranks
+from flora.training.evaluate import logits_of
+from tests.samples import GREY, IMAGE, random_images, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> None:
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("FLORA_REQUIRE_GPU") == "1":
+        pytest.fail("FLORA_REQUIRE_GPU=1, but torch finds no CUDA GPU")
+    pytest.skip("no CUDA GPU")
+
+
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    onnx_from_module(tiny_model("vit"), path, preprocessing=GREY)
+    return path
+
+
+def test_logits_on_the_gpu_equal_those_on_the_cpu():
+    model, images = tiny_model("vit"), random_images(4)
+    batches = [(images, torch.zeros(4, dtype=torch.long))]
+    on_cpu, _ = logits_of(model, batches)
+    on_gpu, _ = logits_of(model.cuda(), batches)
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
+def test_a_supernet_built_on_the_gpu_computes_what_one_built_on_the_cpu_does():
+    images = random_images(8)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("vit").to(device)
+        cost = trace_cost(model, find_targets(model), IMAGE)
+        build_supernet(model, cost, batches=[images])
+        with torch.inference_mode(), active_ranks(model, uniform_ranks(cost, 0.4)):
+            outputs.append(model(images.to(device)).cpu())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-2)
+
+
+def test_onnx_runtime_on_the_gpu_equals_the_cpu(onnx_file: Path):
+    images = random_images(3).numpy()
+    with (
+        OnnxRunner(onnx_file, providers=("CUDAExecutionProvider", CPU)) as on_gpu,
+        OnnxRunner(onnx_file) as on_cpu,
+    ):
+        assert on_gpu.provider == "CUDAExecutionProvider"
+        np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
+
+
+def test_tensorrt_builds_an_engine_for_this_gpu(onnx_file: Path, tmp_path: Path):
+    engine = tmp_path / "model.engine"
+    engine_from_onnx(onnx_file, engine, EngineSpec(backend="tensorrt", min_batch=1, opt_batch=2, max_batch=4))
+    assert engine.stat().st_size > 0

@@ -1,0 +1,115 @@
+"""One tiny model led through the commands, each step made once for all tests and only when one asks for it.
+
+Weights are random, yet accuracy means something: the images are labelled by the dense model itself, so it is right on
+all of them, and whatever changes its answers costs top-1.
+"""
+
+import functools
+import io
+import tarfile
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from export.images import LabelledImages
+from flora.lowrank.checkpoint import ModelConfig, save_model
+from tests.flora_command import Outcome, flora
+from tests.samples import FAMILIES, GREY, tiny_args, tiny_model
+
+FASHION = Path(__file__).parent.parent / "examples" / "fashion"
+MODEL = FAMILIES["vit"][0]
+IMAGES = 120
+
+
+class WorkedExample:
+    """Folders under `root`; `outcomes` keeps what each command said."""
+
+    calibration = f"{FASHION / 'calibration.tar'},limit=64"
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir()
+        self.root = root
+        self.outcomes: dict[str, Outcome] = {}
+
+    @cached_property
+    def dense(self) -> Path:
+        """The dense model's folder."""
+        folder = self.root / "dense"
+        config = ModelConfig(model=MODEL, args=tiny_args(), preprocessing=GREY)
+        save_model(folder, self._labeller, config)
+        return folder
+
+    @cached_property
+    def images(self) -> Path:
+        """A tar of images of Fashion-MNIST, each under the class that the dense model sees in it."""
+        images = self._fashion
+        classes = self._labeller(torch.from_numpy(next(images.batches(len(images)))[0])).argmax(1)
+        assert classes.unique().tolist() == list(range(10)), "every class must win somewhere, or labels shift"
+        path = self.root / "images.tar"
+        with tarfile.open(path, "w") as archive:
+            for number, label in enumerate(classes.tolist()):
+                content = io.BytesIO()
+                images[number][0].save(content, "png")
+                member = tarfile.TarInfo(f"{label}/{number}.png")
+                member.size = len(content.getvalue())
+                archive.addfile(member, io.BytesIO(content.getvalue()))
+        return path
+
+    @cached_property
+    def supernet(self) -> Path:
+        return self._made("build", self.dense, "--data", self.calibration, "--json")
+
+    @cached_property
+    def compact(self) -> Path:
+        return self._made("materialize", self.supernet, "--uniform", 0.3, "--json")
+
+    @cached_property
+    def bundle(self) -> Path:
+        """A bundle whose low rank may cost all accuracy: everything in it passed."""
+        more = ("--max-drop", 100, "--repeats", 1, "--threads", 1, "--json")
+        return self._made("export", self.compact, "--eval-data", self.images, *more)
+
+    @cached_property
+    def failed_bundle(self) -> Path:
+        """The same with the thresholds as they are, which the factorized model does not hold."""
+        out = self.root / "failed"
+        self.outcomes["failed export"] = flora(
+            *("export", self.compact, "--eval-data", self.images, "-o", out, "--repeats", 1, "--threads", 1)
+        )
+        return out
+
+    @cached_property
+    def _fashion(self) -> LabelledImages:
+        return LabelledImages(f"{FASHION / 'test.tar'},limit={IMAGES}", GREY)
+
+    @cached_property
+    @torch.no_grad()
+    def _labeller(self) -> nn.Module:
+        """A random model whose logits are shifted and scaled so that no class wins all images."""
+        model = tiny_model("vit")
+        images = torch.from_numpy(next(self._fashion.batches(IMAGES))[0])
+        logits = model(images)
+        model.head.weight /= logits.std(0)[:, None]
+        model.head.bias.copy_((model.head.bias - logits.mean(0)) / logits.std(0))
+        return model
+
+    def _made(self, command: str, *args: object) -> Path:
+        out = self.root / command
+        outcome = flora(command, *args, "-o", out)
+        assert outcome.code == 0, outcome
+        self.outcomes[command] = outcome
+        return out
+
+
+@functools.cache
+def worked_example(root: Path) -> WorkedExample:
+    """The one example of this session, whichever conftest asks."""
+    return WorkedExample(root)
+
+
+def preprocessed(count: int) -> np.ndarray:
+    """Images of Fashion-MNIST, float32 [count, 1, 28, 28]."""
+    return next(LabelledImages(f"{FASHION / 'test.tar'},limit={count}", GREY).batches(count))[0]
