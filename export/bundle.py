@@ -79,7 +79,10 @@ class ArtifactEntry(BaseModel):
 
 
 class Manifest(Document):
-    """`manifest.json`. `files` has every file but itself; `image_sets` is by role, `latency` by artefact."""
+    """`manifest.json`. `files` has every file but itself; `image_sets` is by role, `latency` by artefact.
+
+    `max_drop` is what low rank may cost, in points of top-1, here and in later verifications.
+    """
 
     model: str
     class_names: list[str] | None = None
@@ -88,6 +91,7 @@ class Manifest(Document):
     artifacts: list[ArtifactEntry]
     recommended: str | None = None
     recommendation_reason: str = ""
+    max_drop: float = THRESHOLDS["lowrank"].max_drop or 0.0
     verification: VerifyReport | None = None
     latency: dict[str, LatencyStats] = {}
     image_sets: dict[str, ImageSetRecord] = {}

@@ -44,6 +44,11 @@ THRESHOLDS: dict[str, Thresholds] = {
 }
 
 
+def thresholds_with_drop(max_drop: float) -> dict[str, Thresholds]:
+    """The table, with `max_drop` points of top-1 allowed to low rank."""
+    return THRESHOLDS | {"lowrank": replace(THRESHOLDS["lowrank"], max_drop=max_drop)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One runner at one batch size; `compared_with` names an earlier stage, None is a start of the chain."""

@@ -121,11 +121,14 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise FloraError("The disk is full and nothing was written. Free some space and run again.") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise FloraError("The disk is full (or a quota): nothing was written. Free some space.") from error
+        if error.errno in _WRONG_PLACES:
             raise InputError(f"{path} cannot be written: {error.strerror}. Give another place.") from error
         raise
+
+
+_WRONG_PLACES = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def _umask() -> int:

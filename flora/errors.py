@@ -1,7 +1,7 @@
 """The errors a user can meet. Each message says what was given, what is allowed, and what to do."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 
 class FloraError(Exception):
@@ -27,9 +27,10 @@ class BackendMissingError(FloraError, ImportError):
 
 
 def near_matches(given: str, allowed: Iterable[str]) -> str:
-    """A sentence that names up to three near matches, or an empty string."""
-    matches = get_close_matches(given, list(allowed), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(matches)}?" if matches else ""
+    """A sentence that names up to three near matches, or an empty string; a longer name counts by its beginning."""
+    nearness = {name: SequenceMatcher(None, given, name[: len(given) + 1]).ratio() for name in allowed}
+    near = sorted((name for name in nearness if nearness[name] > 0.6), key=lambda name: (-nearness[name], len(name)))
+    return f" Did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def few(names: Iterable[str], most: int = 6) -> str:

@@ -48,14 +48,14 @@ def flora(*args: object) -> Outcome:
     return Outcome(code=code, out=out.getvalue(), err=err.getvalue())
 
 
-def start_flora(*args: object, log: Path, before: Callable[[], None] = lambda: None) -> multiprocessing.Process:
+def start_flora(*args: object, log: Path, before: Callable[[], None] | None = None) -> multiprocessing.Process:
     """Start `flora ARGS` in a process of its own, its output in `log`; `before` runs in it first."""
     process = PROCESSES.Process(target=_run, args=(tuple(map(str, args)), str(log), before))
     process.start()
     return process
 
 
-def _run(args: tuple[str, ...], log: str, before: Callable[[], None]) -> None:
+def _run(args: tuple[str, ...], log: str, before: Callable[[], None] | None) -> None:
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -65,19 +65,20 @@ def _run(args: tuple[str, ...], log: str, before: Callable[[], None]) -> None:
 
     torch.set_num_threads(1)
     sys.argv = ["flora", *args]
-    before()
+    if before:
+        before()
     main()
 
 
 def assert_refused(outcome: Outcome, *words: str, code: int = 1) -> None:
     """One line on stderr that holds all of `words`, nothing on stdout, and the exit code."""
     assert outcome.code == code, outcome
-    assert outcome.out == ""
+    assert outcome.out == "", outcome
     lines = [line for line in outcome.err.splitlines() if line.strip()]
     assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("flora: ")
+    assert lines[0].startswith("flora: "), outcome.err
     for word in words:
-        assert word in lines[0]
+        assert word in lines[0], f"{word!r} is not said: {outcome.err}"
 
 
 def assert_nothing_at(path: Path) -> None:

@@ -79,10 +79,10 @@ def test_the_root_package_imports_nothing_of_ours():
 
 
 def test_nobody_imports_the_command_line():
-    outside = [path for path in (*_sources("flora"), *_sources("export"), *_sources("calibrate"))]
+    sources = (*_sources("flora"), *_sources("export"), *_sources("calibrate"))
     wrong = {
         _module(path)
-        for path in outside
+        for path in sources
         if _part(_module(path)) != "flora.cli" and any(_part(name) == "flora.cli" for name in _imports(path))
     }
     assert wrong == set()

@@ -6,22 +6,25 @@ all of them, and whatever changes its answers costs top-1.
 
 import functools
 import io
+import json
 import tarfile
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from export.images import LabelledImages
-from flora.lowrank.checkpoint import ModelConfig, save_model
+from flora.lowrank.checkpoint import ModelConfig, load_model_folder, save_model
+from flora.ranks.config import RankConfig
 from tests.flora_command import Outcome, flora
 from tests.samples import FAMILIES, GREY, tiny_args, tiny_model
 
 FASHION = Path(__file__).parent.parent / "examples" / "fashion"
 MODEL = FAMILIES["vit"][0]
 IMAGES = 120
+QUICK = ("--repeats", 1, "--threads", 1)
 
 
 class WorkedExample:
@@ -67,19 +70,29 @@ class WorkedExample:
         return self._made("materialize", self.supernet, "--uniform", 0.3, "--json")
 
     @cached_property
+    def ranks(self) -> Path:
+        """The compact model's ranks as a file."""
+        compact = load_model_folder(self.compact)
+        path = self.root / "ranks.json"
+        RankConfig(model=MODEL, ranks=compact.config.ranks).save(path)
+        return path
+
+    @cached_property
     def bundle(self) -> Path:
         """A bundle whose low rank may cost all accuracy: everything in it passed."""
-        more = ("--max-drop", 100, "--repeats", 1, "--threads", 1, "--json")
-        return self._made("export", self.compact, "--eval-data", self.images, *more)
+        return self._made("export", self.compact, "--eval-data", self.images, "--max-drop", 100, *QUICK)
 
     @cached_property
     def failed_bundle(self) -> Path:
-        """The same with the thresholds as they are, which the factorized model does not hold."""
+        """The same with the thresholds as they are, which the factorized model does not hold; printed as JSON."""
         out = self.root / "failed"
-        self.outcomes["failed export"] = flora(
-            *("export", self.compact, "--eval-data", self.images, "-o", out, "--repeats", 1, "--threads", 1)
-        )
+        self.outcomes["failed"] = flora("export", self.compact, "--eval-data", self.images, "-o", out, "--json", *QUICK)
         return out
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the bundle says of itself."""
+        return json.loads((self.bundle / "manifest.json").read_text())
 
     @cached_property
     def _fashion(self) -> LabelledImages:
@@ -108,8 +121,3 @@ class WorkedExample:
 def worked_example(root: Path) -> WorkedExample:
     """The one example of this session, whichever conftest asks."""
     return WorkedExample(root)
-
-
-def preprocessed(count: int) -> np.ndarray:
-    """Images of Fashion-MNIST, float32 [count, 1, 28, 28]."""
-    return next(LabelledImages(f"{FASHION / 'test.tar'},limit={count}", GREY).batches(count))[0]

@@ -60,6 +60,11 @@ def command(
 
     loaded: LoadedModel | LoadedSupernet
     if is_supernet_folder(Path(model)):
+        if checkpoint or pretrained or model_kwargs:
+            raise InputError(
+                f"{model} is a supernet folder: it brings its own; "
+                "leave out --checkpoint, --pretrained and --model-kwargs."
+            )
         loaded = load_supernet(Path(model))
         if ranks:
             rank_config = RankConfig.load(ranks)

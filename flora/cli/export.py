@@ -5,7 +5,15 @@ from pathlib import Path
 
 import click
 
-from flora.cli.options import IMAGES_HELP, json_option, out_option, set_threads, split_names, threads_option
+from flora.cli.options import (
+    IMAGES_HELP,
+    json_option,
+    max_drop_option,
+    out_option,
+    set_threads,
+    split_names,
+    threads_option,
+)
 
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 
@@ -50,7 +58,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     type=click.Path(path_type=Path),
     help="The dense model to verify against (a weights file or folder) instead of the one that MODEL records.",
 )
-@click.option("--max-drop", type=float, help="Points of top-1 that low rank may cost (default 1.0).")
+@max_drop_option(1.0, "1.0")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 17 to 25.")
 @click.option(
     "--batch",
@@ -76,7 +84,7 @@ def command(
     eval_data: str,
     out: Path,
     reference: Path | None,
-    max_drop: float | None,
+    max_drop: float,
     opset: int,
     batches: tuple[int, int, int],
     compute_capabilities: tuple[str, ...],

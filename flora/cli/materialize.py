@@ -46,7 +46,7 @@ def command(
     loaded = load_supernet(supernet)
     config = chosen_ranks(loaded, file=ranks, ratio=uniform, macs=uniform_macs)
     compact = compact_from_supernet(loaded, config)
-    save_model(out, compact.module, compact.config)
+    save_model(out, compact.module, compact.config, ranks=config)
     cost = loaded.config.cost
     factored = sum(cost.shapes[name].is_factored(rank) for name, rank in config.ranks.items())
     macs, params = cost.macs(config.ranks), cost.params(config.ranks)

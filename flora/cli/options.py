@@ -18,6 +18,22 @@ workers_option = click.option(
 IMAGES_HELP = "a folder or tar of class folders, or e.g. torch/cifar10,root=DIR,split=train,limit=512"
 
 
+def _points(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= 100:
+        raise click.BadParameter(f"{value} is not between 0 and 100 points of top-1.")
+    return value
+
+
+def max_drop_option(default: float | None, help_of_default: str) -> Callable:
+    return click.option(
+        "--max-drop",
+        type=float,
+        default=default,
+        callback=_points,
+        help=f"Points of top-1 that low rank may cost (default {help_of_default}).",
+    )
+
+
 def batch_size_option(default: int) -> Callable:
     return click.option("--batch-size", type=click.IntRange(min=1), default=default, show_default=True)
 
@@ -87,6 +103,10 @@ def torch_device(name: str):
         device = torch.device(name)
     except RuntimeError as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendMissingError("--device cuda: torch finds no CUDA GPU here; use --device cpu.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BackendMissingError(
+            f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu."
+        ) from error
     return device

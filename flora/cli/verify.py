@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from flora.cli.options import IMAGES_HELP, json_option, threads_option
+from flora.cli.options import IMAGES_HELP, json_option, max_drop_option, threads_option
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", metavar="IMAGES", help=f"Labelled images to measure accuracy on: {IMAGES_HELP}.")
-@click.option("--max-drop", type=float, help="Points of top-1 that low rank may cost (default 1.0).")
+@max_drop_option(None, "that of the export")
 @threads_option
 @json_option
 def command(bundle: Path, data: str | None, max_drop: float | None, threads: int | None, as_json: bool) -> None:
@@ -42,6 +42,9 @@ def command(bundle: Path, data: str | None, max_drop: float | None, threads: int
         print(f"Golden outputs: {'; '.join(check.problems) or 'reproduced by every ONNX file'}.")
         if check.report:
             print_stages(check.report)
+        for entry in manifest.artifacts:
+            if entry.status == "failed":
+                print(f"Failed at export: {entry.name}: {entry.reason}")
         for line in check.not_run:
             print(f"Not run here: {line}.")
         print_verdict(manifest)

@@ -5,9 +5,6 @@ the rank of every factorized layer (none in a dense model). A supernet folder ho
 that they came from, and `supernet.json`. Everything reloads without pickle.
 """
 
-import errno
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +12,26 @@ from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, ValidationError
 from timm.data import resolve_model_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from flora.artifact import Document, new_folder, sha256_of_file
-from flora.errors import InputError, few, near_matches
+from flora.errors import InputError
 from flora.imagesets import ImageSetRecord
 from flora.lowrank.elastic import ElasticLinear
 from flora.lowrank.factorize import Factors
 from flora.lowrank.materialize import pair
 from flora.lowrank.targets import linear_layers
+from flora.lowrank.weights import create_timm_model, load_weights, read_weights, save_weights
 from flora.preprocessing import Preprocessing
+from flora.ranks.config import RankConfig
 from flora.ranks.cost import LayerShape, ModelCost, Rank
 from flora.ranks.space import SearchSpace
 
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = "model.safetensors"
+RANK_CONFIG = "ranks.json"
 SUPERNET_CONFIG = "supernet.json"
 SUPERNET_WEIGHTS = "supernet.safetensors"
 DENSE_WEIGHTS = "dense.safetensors"
@@ -139,30 +136,16 @@ def is_supernet_folder(path: Path) -> bool:
     return (Path(path) / SUPERNET_CONFIG).is_file()
 
 
-def create_timm_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """A timm model in eval mode; an unknown name or argument is an `InputError` with near matches."""
-    if not timm.is_model(name):
-        hint = near_matches(name.split(".")[0], timm.list_models())
-        raise InputError(f"{name!r} is neither a folder here nor a model that timm knows.{hint}")
-    try:
-        return timm.create_model(name, pretrained=pretrained, **args).eval()
-    except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(f"timm cannot create {name} with {json.dumps(dict(args))}: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if pretrained:
-            raise InputError(
-                f"The pretrained weights of {name} could not be fetched ({error}); give a file with --checkpoint."
-            ) from error
-        raise
-
-
 def load_model(
     model: str, *, args: Mapping[str, Any] | None = None, checkpoint: Path | None = None, pretrained: bool = False
 ) -> LoadedModel:
     """The model that a user names: a model folder of ours, or a timm name with a checkpoint or pretrained weights."""
     if Path(model).is_dir():
         if args or checkpoint or pretrained:
-            raise InputError(f"{model} is a model folder: it brings its own arguments and weights; give no others.")
+            raise InputError(
+                f"{model} is a model folder: it brings its own; "
+                "leave out --checkpoint, --pretrained and --model-kwargs."
+            )
         return load_model_folder(Path(model))
     if not checkpoint and not pretrained:
         if not timm.is_model(model):
@@ -173,13 +156,31 @@ def load_model(
     module = create_timm_model(model, args or {}, pretrained=pretrained)
     if checkpoint:
         load_weights(module, read_weights(checkpoint), origin=str(checkpoint))
-    settings = resolve_model_data_config(module)
-    config = ModelConfig(
-        model=model,
-        args=dict(args or {}),
-        preprocessing=Preprocessing(**{key: settings[key] for key in Preprocessing.model_fields}),
-    )
+    config = ModelConfig(model=model, args=dict(args or {}), preprocessing=_preprocessing_of(module, args or {}))
     return LoadedModel(module=module, config=config)
+
+
+def _preprocessing_of(module: nn.Module, args: Mapping[str, Any]) -> Preprocessing:
+    """timm's settings for the model, with the size and channels that `args` give it.
+
+    A grey model gets the mean of the three channels' means and deviations.
+    """
+    settings = resolve_model_data_config(module)
+    channels, *size = settings["input_size"]
+    if "img_size" in args:
+        side = args["img_size"]
+        size = list(side) if isinstance(side, (list, tuple)) else [side, side]
+    channels = args.get("in_chans", channels)
+    if channels == 1:
+        settings |= {key: (sum(settings[key]) / len(settings[key]),) for key in ("mean", "std")}
+    try:
+        return Preprocessing(
+            **{key: settings[key] for key in Preprocessing.model_fields if key != "input_size"},
+            input_size=(channels, *size),
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise InputError(f"The model's images cannot be prepared: {problem}. Only grey and RGB images are.") from error
 
 
 def load_model_folder(folder: Path) -> LoadedModel:
@@ -229,19 +230,28 @@ def reference_from_path(config: ModelConfig, path: Path) -> LoadedModel:
     return LoadedModel(module=module, config=dense, folder=weights.parent)
 
 
-def save_model(folder: Path, module: nn.Module, config: ModelConfig, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model folder atomically; `dtype` stores the weights in less precision."""
+def save_model(
+    folder: Path,
+    module: nn.Module,
+    config: ModelConfig,
+    *,
+    ranks: RankConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder atomically, with `ranks` as a file of its own; `dtype` stores weights in less precision."""
     state = {name: tensor.to(dtype) if dtype else tensor for name, tensor in module.state_dict().items()}
     with new_folder(folder, marker=MODEL_CONFIG) as partial:
-        _save_weights(partial / MODEL_WEIGHTS, state)
+        save_weights(partial / MODEL_WEIGHTS, state)
+        if ranks is not None:
+            ranks.save(partial / RANK_CONFIG)
         config.save(partial / MODEL_CONFIG)
 
 
 def save_supernet(folder: Path, supernet: nn.Module, dense_state: Mapping[str, Tensor], config: SupernetConfig) -> None:
     """Write a supernet folder atomically."""
     with new_folder(folder, marker=SUPERNET_CONFIG) as partial:
-        _save_weights(partial / SUPERNET_WEIGHTS, supernet.state_dict())
-        _save_weights(partial / DENSE_WEIGHTS, dense_state)
+        save_weights(partial / SUPERNET_WEIGHTS, supernet.state_dict())
+        save_weights(partial / DENSE_WEIGHTS, dense_state)
         config.save(partial / SUPERNET_CONFIG)
 
 
@@ -269,55 +279,3 @@ def _empty_elastic(record: LayerRecord) -> ElasticLinear:
             spectrum=torch.empty(0),
         )
     )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or a torch checkpoint, without running any pickled code.
-
-    timm's own wrappers are opened: averaged weights first, then `state_dict` or `model`.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"The weights file {path} does not exist.")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        return load_state_dict(str(path), weights_only=True)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({error}); copy or write it again.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path} cannot be read as a checkpoint of plain weights: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
-    """Copy `state` into `module`; `InputError` lists the keys that are missing, unexpected or of another shape."""
-    own = module.state_dict()
-    problems = []
-    if missing := [name for name in own if name not in state]:
-        problems.append(f"missing: {few(missing)}")
-    if unexpected := [name for name in state if name not in own]:
-        problems.append(f"unexpected: {few(unexpected)}")
-    if misshapen := [
-        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]:
-        problems.append(f"of another shape: {few(misshapen)}")
-    if problems:
-        raise InputError(
-            f"{origin} does not fit the model; keys {'; '.join(problems)}. "
-            "Use the checkpoint of this model, or give the model's arguments with --model-kwargs."
-        )
-    module.load_state_dict(state)
-
-
-def _save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library gives the system's error as text only.
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
-    path.chmod(0o644)  # the library writes files that only their owner can read

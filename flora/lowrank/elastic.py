@@ -28,9 +28,13 @@ class ElasticLinear(nn.Module):
         self.out_features = factors.up.shape[0]
         self.rank = self.full_rank
 
+    def allows(self, rank: Rank) -> bool:
+        """Whether `rank` is "dense" or an integer from 1 to the full rank."""
+        return rank == "dense" or (type(rank) is int and 1 <= rank <= self.full_rank)
+
     def set_rank(self, rank: Rank) -> None:
         """Make `rank` active; "dense" is the full rank."""
-        if rank != "dense" and not 1 <= rank <= self.full_rank:
+        if not self.allows(rank):
             raise InputError(f'A rank lies between 1 and {self.full_rank}, or is "dense"; got {rank}.')
         self.rank = self.full_rank if rank == "dense" else rank
 

@@ -63,9 +63,7 @@ def set_ranks(supernet: nn.Module, ranks: Mapping[str, Rank]) -> None:
         raise InputError(f"No rank is given for {few(missing)}.")
     if unexpected := [name for name in ranks if name not in layers]:
         raise InputError(f"Ranks are given for layers that are not elastic: {few(unexpected)}.")
-    if wrong := [
-        f"{name}: {rank}" for name, rank in ranks.items() if rank != "dense" and not 1 <= rank <= layers[name].full_rank
-    ]:
+    if wrong := [f"{name}: {rank}" for name, rank in ranks.items() if not layers[name].allows(rank)]:
         raise InputError(f'A rank lies between 1 and the full rank, or is "dense"; got {few(wrong)}.')
     for name, layer in layers.items():
         layer.set_rank(ranks[name])

@@ -75,10 +75,12 @@ def trace_cost(model: nn.Module, targets: Collection[str], input_size: tuple[int
         for hook in hooks:
             hook.remove()
     if bypassed := [name for name in layers if not tokens[name]]:
-        kinds = {name.rsplit(".", 1)[-1] for name in bypassed}
+        block = bypassed[0].rsplit(".", 2)[0] + "."
+        beside = [name.rsplit(".", 1)[-1] for name in find_targets(model, [f"{block}*"]) if name not in bypassed]
+        others = dict.fromkeys(kind for kind in beside if not kind.isdigit())
         raise InputError(
             f"This model does not call {few(bypassed)}: it reads the weight itself, so the layer cannot be "
-            f"replaced. Select other layers (without {few(sorted(kinds))}), for example --layers proj,fc1,fc2."
+            f"replaced. Select other layers, for example --layers {','.join(others)}."
         )
     shapes = tuple(
         LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=tokens[name])

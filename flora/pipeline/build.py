@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from flora.artifact import check_replaceable
+from flora.errors import InputError
 from flora.lowrank.checkpoint import (
     SUPERNET_CONFIG,
     LayerRecord,
@@ -36,6 +37,10 @@ def build(
     """Factorize the selected layers of `model` and write the supernet folder `out`; the model's module is used up."""
     check_replaceable(out, marker=SUPERNET_CONFIG)
     module, config = model.module, model.config
+    if config.ranks:
+        raise InputError(
+            f"{model.folder} is factorized already; build from the dense model, or materialize its supernet again."
+        )
     cost = trace_cost(module, find_targets(module, layers), config.preprocessing.input_size)
     images = TimmImages(data, config.preprocessing, workers=workers) if data else None
     calibration = images.record() if images else None

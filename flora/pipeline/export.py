@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from export.images import ImageSet
 from export.onnx import onnx_from_module
 from export.runners import OnnxRunner, Runner
 from export.torch_runner import TorchRunner
-from export.verify import THRESHOLDS, Stage, VerifyReport, verify
+from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.artifact import check_replaceable, new_folder, sha256_of_file
 from flora.errors import InputError
 from flora.lowrank.checkpoint import (
@@ -52,7 +52,7 @@ class ExportRequest:
     eval_data: str
     targets: tuple[str, ...] = ("onnx",)
     reference: Path | None = None
-    max_drop: float | None = None
+    max_drop: float = 1.0
     opset: int = 20
     batches: tuple[int, int, int] = (1, 8, 64)
     compute_capabilities: tuple[str, ...] = ()
@@ -121,6 +121,8 @@ def export_bundle(
     """
     check_replaceable(out, marker=MANIFEST)
     specs = request.engine_specs()
+    if request.reference is not None and not source.config.ranks:
+        raise InputError("--reference is what a factorized model is compared with; this model is dense itself.")
     dense = load_reference(source.config, request.reference)
     images = open_images(request.eval_data, source.config.preprocessing)
     record = certified_record(images, source.config.calibration)
@@ -151,6 +153,7 @@ def export_bundle(
             artifacts=entries,
             recommended=recommended,
             recommendation_reason=reason,
+            max_drop=request.max_drop,
             verification=report,
             latency=latency,
             image_sets={"evaluation": record}
@@ -159,7 +162,7 @@ def export_bundle(
             device=device_facts() | ({"threads": str(request.threads)} if request.threads else {}),
             command=list(request.command),
             created=now(),
-            notes=_notes(dense, report),
+            notes=_notes(source, dense, report),
         )
         manifest.save(folder / MANIFEST)
     return load_bundle(out)
@@ -188,9 +191,6 @@ def _prove(
     The chain: dense, dense on ONNX Runtime; factorized against dense; factorized on ONNX Runtime at two batches. The
     latency of everything is compared with the yardstick on ONNX Runtime, or without one with the model itself.
     """
-    thresholds = dict(THRESHOLDS)
-    if request.max_drop is not None:
-        thresholds["lowrank"] = replace(thresholds["lowrank"], max_drop=request.max_drop)
     smallest, usual, _ = request.batches
     golden, _ = next(iter(images.batches(GOLDEN_IMAGES)))
     stages: list[Stage] = []
@@ -214,7 +214,7 @@ def _prove(
             runners[one.onnx_name] = onnx_runner
             runners[one.torch_name] = torch_runner
             golden_logits[one.path] = torch_runner(golden)
-        report = verify(stages, images, thresholds=thresholds)
+        report = verify(stages, images, thresholds=thresholds_with_drop(request.max_drop))
         write_golden(folder / GOLDEN, golden, golden_logits)
         batch_images = np.resize(golden, (usual, *golden.shape[1:]))
         return report, paired_latency(runners, batch_images, repeats=request.repeats)
@@ -269,9 +269,9 @@ def _recommend(entries: list[ArtifactEntry], latency: dict[str, LatencyStats]) -
     return best.name, f"it passed every gate and takes {latency[best.name].ratio:.2f} of the dense model's time"
 
 
-def _notes(dense: LoadedModel | None, report: VerifyReport) -> list[str]:
+def _notes(source: LoadedModel, dense: LoadedModel | None, report: VerifyReport) -> list[str]:
     notes = []
-    if dense is None:
+    if dense is None and source.config.ranks:
         notes.append(
             "The dense reference was not found: what low rank costs in accuracy is not verified. "
             "Name it with --reference."

@@ -1,12 +1,12 @@
 """Checking a bundle, on the machine that made it or on another: files, golden outputs, accuracy. Needs no torch."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from export.bundle import ArtifactEntry, Bundle, check_golden, check_hashes, load_bundle
 from export.runners import OnnxRunner
-from export.verify import THRESHOLDS, Stage, VerifyReport, verify
+from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.errors import GateFailedError
 from flora.pipeline.images import certified_record, open_images
 
@@ -32,6 +32,7 @@ def verify_bundle(
 ) -> BundleCheck:
     """Check the hashes of all files, then run every ONNX file on the golden images, and on `data` if given.
 
+    `max_drop` (points of top-1) takes the place of the one in the manifest.
     A file whose hash is wrong ends the check with a `GateFailedError`: it is not run.
     """
     bundle = load_bundle(folder)
@@ -50,10 +51,8 @@ def verify_bundle(
         problems = [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]
         report = None
         if images is not None:
-            thresholds = dict(THRESHOLDS)
-            if max_drop is not None:
-                thresholds["lowrank"] = replace(thresholds["lowrank"], max_drop=max_drop)
-            report = verify(_stages(runnable, runners), images, thresholds=thresholds)
+            drop = manifest.max_drop if max_drop is None else max_drop
+            report = verify(_stages(runnable, runners), images, thresholds=thresholds_with_drop(drop))
     not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry.kind == "engine"]
     return BundleCheck(bundle=bundle, problems=problems, not_run=not_run, report=report)
 

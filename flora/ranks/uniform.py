@@ -34,7 +34,7 @@ def uniform_ranks_for_macs(cost: ModelCost, macs: int) -> dict[str, Rank]:
 def macs_budget(text: str, cost: ModelCost) -> int:
     """MACs meant by `50%` (of the whole dense model, attention products included), `2.7G`, `800M` or a plain number."""
     scale: float = UNITS.get(text[-1:].upper(), 1)
-    number = text.rstrip("%") if text.endswith("%") else text[:-1] if scale != 1 else text
+    number = text.removesuffix("%") if text.endswith("%") else text[:-1] if scale != 1 else text
     if text.endswith("%"):
         scale = cost.dense_macs / 100
     try:

@@ -1,6 +1,7 @@
 """Images from any dataset that timm's factory reads, with the model's own evaluation transform."""
 
 import io
+import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from flora.errors import InputError, near_matches
+from flora.errors import BackendMissingError, InputError, near_matches
 from flora.imagesets import ImageSetRecord, ImageSetSpec, image_digest
 from flora.preprocessing import Preprocessing
 
@@ -99,8 +100,12 @@ def eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tens
 def _open(spec: ImageSetSpec, mode: str) -> Any:
     try:
         return create_dataset(spec.name, root=spec.root or None, split=spec.split, input_img_mode=mode)
-    except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as error:
-        reason = str(error) or f"{spec.root} does not exist"
+    except ImportError as error:
+        raise BackendMissingError(f"{spec.name} needs a package that is not installed: {error}") from error
+    except (RuntimeError, OSError, AssertionError, ValueError, TypeError, tarfile.TarError) as error:
+        if spec.name and not spec.root:
+            raise InputError(f"Say where {spec.name} lies: {spec.name},root=DIR.") from error
+        reason = str(error).rstrip(".") or f"{spec.root} does not exist"
         hint = near_matches(spec.name.partition("/")[2], _torchvision_names()) if spec.name.startswith("torch/") else ""
         raise InputError(f"The images {spec.name or spec.root} cannot be read: {reason}.{hint}") from error
 

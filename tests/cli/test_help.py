@@ -66,7 +66,7 @@ def test_help_of_all_commands_imports_no_torch():
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("materialise", "materialize"), ("exprot", "export"), ("veriy", "verify")])
+@pytest.mark.parametrize(("typed", "meant"), [("materialise", "materialize"), ("exprot", "export")])
 def test_an_unknown_command_suggests_a_near_one(typed, meant):
     outcome = flora(typed)
     assert (outcome.code, outcome.out) == (2, "")

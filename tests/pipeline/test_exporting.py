@@ -1,0 +1,156 @@
+"""Exports: the gate of low rank, profiles of batches, references, and what is refused before anything is built."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flora_command import assert_nothing_at, assert_refused, flora, leftovers
+from tests.worked_example import QUICK
+
+
+def export(model: Path, images: object, out: Path, *more: object):
+    return flora("export", model, "--eval-data", images, "-o", out, *QUICK, *more)
+
+
+def test_low_rank_that_costs_too_much_fails_the_gate_and_names_the_stage(worked):
+    bundle = worked.failed_bundle
+    outcome = worked.outcomes["failed"]
+    assert outcome.code == 3
+    assert "The gate failed at factorized, torch" in outcome.message
+    assert (bundle / "manifest.json").is_file()
+    assert leftovers(worked.root) == []
+
+
+def test_a_failed_export_prints_the_manifest_that_it_wrote(worked):
+    bundle = worked.failed_bundle
+    assert json.loads(worked.outcomes["failed"].out) == json.loads((bundle / "manifest.json").read_text())
+
+
+def test_an_artefact_that_failed_is_labelled_and_not_recommended(worked):
+    manifest = json.loads((worked.failed_bundle / "manifest.json").read_text())
+    entries = {entry["name"]: entry for entry in manifest["artifacts"]}
+    failed = entries["factorized, ONNX Runtime"]
+    assert failed["status"] == "failed"
+    assert failed["reason"].startswith("factorized, torch: drop is ")
+    assert entries["dense, ONNX Runtime"]["status"] == "verified"
+    assert manifest["recommended"] == "dense, ONNX Runtime"
+    stages = {stage["name"]: stage for stage in manifest["verification"]["stages"]}
+    assert [name for name, stage in stages.items() if not stage["passed"]] == ["factorized, torch"]
+    assert stages["factorized, torch"]["drop"] > 1
+
+
+def test_a_passed_and_a_failed_export_hold_the_same_model(worked):
+    passed, failed = worked.manifest, json.loads((worked.failed_bundle / "manifest.json").read_text())
+    assert passed["files"]["model/model.safetensors"] == failed["files"]["model/model.safetensors"]
+    assert passed["artifacts"][1]["macs"] == failed["artifacts"][1]["macs"] < passed["artifacts"][0]["macs"]
+
+
+@pytest.fixture(scope="module")
+def dense_export(worked, tmp_path_factory):
+    """The dense model, exported on one image with batches other than the usual ones."""
+    out = tmp_path_factory.mktemp("dense") / "bundle"
+    return out, export(worked.dense, f"{worked.images},limit=1", out, "--batch", "2,5,7", "--json")
+
+
+def test_one_image_and_another_batch_profile_are_enough(worked, dense_export):
+    bundle, outcome = dense_export
+    assert (outcome.code, outcome.err.strip()) == (0, "")
+    manifest = json.loads(outcome.out)
+    stages = manifest["verification"]["stages"]
+    assert [stage["batch_size"] for stage in stages[1:]] == [2, 5]
+    assert {stage["images"] for stage in stages} == {1}
+    assert {latency["batch_size"] for latency in manifest["latency"].values()} == {5}
+    assert manifest["image_sets"]["evaluation"]["images"] == 1
+    checked = flora("verify", bundle, "--data", f"{worked.images},limit=1", "--threads", 1)
+    assert checked.code == 0, checked
+
+
+def test_the_bundle_of_a_dense_model_does_not_talk_of_low_rank(dense_export):
+    """There is nothing to hold it against, and no reference is missing."""
+    assert json.loads(dense_export[1].out)["notes"] == []
+
+
+def test_a_compact_model_without_its_reference_is_exported_with_a_note(worked, tmp_path):
+    compact = tmp_path / "compact"
+    shutil.copytree(worked.compact, compact)
+    config = json.loads((compact / "config.json").read_text())
+    config["reference"]["path"] = str(tmp_path / "gone.safetensors")
+    (compact / "config.json").write_text(json.dumps(config))
+    outcome = export(compact, f"{worked.images},limit=2", tmp_path / "bundle")
+    assert outcome.code == 0, outcome
+    assert "Note: The dense reference was not found" in outcome.out
+    assert "Name it with --reference" in outcome.out
+
+
+def test_a_supernet_needs_ranks(worked, tmp_path):
+    outcome = export(worked.supernet, worked.images, tmp_path / "bundle")
+    assert_refused(outcome, "is a supernet folder", "--ranks FILE")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_ranks_do_not_apply_to_a_compact_model(worked, tmp_path):
+    outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--ranks", worked.ranks)
+    assert_refused(outcome, "--ranks cuts a supernet folder")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_images_of_the_calibration_are_refused_as_evaluation_images(worked, tmp_path):
+    outcome = export(worked.compact, worked.calibration, tmp_path / "bundle")
+    assert_refused(outcome, "64 images of the evaluation set", "calibration set", "Use separate images")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_tensorrt_without_its_package_exits_4_before_anything_is_written(worked, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--to", "onnx,tensorrt")
+    assert_refused(outcome, "tensorrt is not installed", "pip install 'flora-vit[gpu]'", code=4)
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_compute_capabilities_apply_to_tensorrt_rtx_alone(worked, tmp_path):
+    outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--compute-capabilities", "sm86")
+    assert_refused(outcome, "tensorrt-rtx only")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_an_unknown_compute_capability_is_refused(worked, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    outcome = export(
+        *(worked.compact, worked.images, tmp_path / "bundle"),
+        *("--to", "tensorrt-rtx", "--compute-capabilities", "sm10"),
+    )
+    assert_refused(outcome, "sm10", "sm86")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_an_opset_that_is_not_supported_is_refused_with_the_range(worked, tmp_path):
+    outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--opset", 12)
+    assert_refused(outcome, "Opset 12", "17 to 25")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_a_reference_that_is_missing_or_of_another_model_is_refused(worked, tmp_path):
+    missing = export(worked.compact, worked.images, tmp_path / "bundle", "--reference", tmp_path / "none.pth")
+    assert_refused(missing, "none.pth is no dense reference")
+    factorized = export(worked.compact, worked.images, tmp_path / "bundle", "--reference", worked.compact)
+    assert_refused(factorized, "does not fit the model", "missing: blocks.0.attn.qkv.weight")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_a_reference_that_has_changed_is_refused(worked, tmp_path):
+    compact = tmp_path / "compact"
+    shutil.copytree(worked.compact, compact)
+    config = json.loads((compact / "config.json").read_text())
+    config["reference"]["sha256"] = "0" * 64
+    (compact / "config.json").write_text(json.dumps(config))
+    assert_refused(export(compact, worked.images, tmp_path / "bundle"), "has changed since", "--reference")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_a_dense_model_with_a_reference_is_refused_in_words_of_the_user(worked, tmp_path):
+    outcome = export(worked.dense, f"{worked.images},limit=1", tmp_path / "bundle", "--reference", worked.dense)
+    assert_refused(outcome, "--reference")
+    assert_nothing_at(tmp_path / "bundle")

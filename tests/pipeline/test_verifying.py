@@ -1,0 +1,188 @@
+"""`flora verify` passes a bundle as it was exported, anywhere, and nothing else."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from export.runners import OnnxRunner
+from tests.flora_command import assert_refused, flora
+
+COMPACT = "onnx/model-fp32.onnx"
+
+
+@pytest.fixture
+def bundle(worked, tmp_path) -> Path:
+    """A copy of the bundle, to be damaged."""
+    return shutil.copytree(worked.bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def never_run(monkeypatch) -> None:
+    """Opening any ONNX file fails the test."""
+
+    def refuse(self, path, **options):
+        pytest.fail(f"{path} was run")
+
+    monkeypatch.setattr(OnnxRunner, "__init__", refuse)
+
+
+def rehash(bundle: Path, name: str) -> None:
+    """Let the manifest vouch for the file as it is now."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    digest = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+    manifest["files"][name] = digest
+    for entry in manifest["artifacts"]:
+        if entry["path"] == name:
+            entry["sha256"] = digest
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def without_torch(*args: object) -> subprocess.CompletedProcess:
+    """Run `flora ARGS` where torch, torchvision and timm are not installed."""
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'timm')));"
+        "sys.argv = ['flora', *sys.argv[1:]]; from flora.cli import main; main()"
+    )
+    return subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True)
+
+
+def test_a_copied_bundle_passes_without_images(bundle):
+    outcome = flora("verify", bundle, "--threads", 1)
+    assert outcome.code == 0, outcome
+    assert "Hashes: 5 files as exported." in outcome.out
+    assert "reproduced by every ONNX file" in outcome.out
+    assert "Recommended: onnx/" in outcome.out
+
+
+def test_one_altered_byte_is_found_and_nothing_is_run(bundle, never_run):
+    content = bytearray((bundle / COMPACT).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / COMPACT).write_bytes(content)
+    outcome = flora("verify", bundle, "--json")
+    assert_refused(outcome, f"{COMPACT} was altered", "Nothing of it was run", code=3)
+
+
+@pytest.mark.parametrize("name", [COMPACT, "golden.safetensors", "model/config.json"])
+def test_a_missing_file_is_named(bundle, never_run, name):
+    (bundle / name).unlink()
+    assert_refused(flora("verify", bundle), f"{name} is missing", code=3)
+
+
+@pytest.mark.parametrize("name", ["onnx/other.onnx", "notes.txt"])
+def test_an_added_file_is_named(bundle, never_run, name):
+    (bundle / name).write_text("added")
+    assert_refused(flora("verify", bundle), f"{name} is not part of the bundle", code=3)
+
+
+def test_golden_outputs_that_were_changed_with_their_hash_are_found(bundle):
+    golden = load_file(bundle / "golden.safetensors")
+    golden[f"logits/{COMPACT}"] = golden[f"logits/{COMPACT}"][:, ::-1].copy()
+    save_file(golden, bundle / "golden.safetensors")
+    rehash(bundle, "golden.safetensors")
+    outcome = flora("verify", bundle, "--threads", 1)
+    assert outcome.code == 3
+    assert "factorized, ONNX Runtime: against golden logits cosine is" in outcome.out
+    assert "dense, ONNX Runtime: against" not in outcome.out
+    assert "does not hold here" in outcome.message
+
+
+def test_a_problem_with_golden_outputs_is_in_the_json(bundle):
+    golden = load_file(bundle / "golden.safetensors")
+    del golden[f"logits/{COMPACT}"]
+    save_file(golden, bundle / "golden.safetensors")
+    rehash(bundle, "golden.safetensors")
+    outcome = flora("verify", bundle, "--threads", 1, "--json")
+    said = json.loads(outcome.out)
+    assert (outcome.code, said["passed"]) == (3, False)
+    assert said["problems"] == [f"factorized, ONNX Runtime: golden.safetensors has no logits of {COMPACT}"]
+
+
+def test_a_truncated_onnx_file_that_the_manifest_vouches_for_is_refused(bundle):
+    content = (bundle / COMPACT).read_bytes()
+    (bundle / COMPACT).write_bytes(content[: len(content) // 2])
+    rehash(bundle, COMPACT)
+    assert_refused(flora("verify", bundle, "--threads", 1), COMPACT, "no ONNX file that can run here")
+
+
+def test_truncated_golden_outputs_are_refused(bundle):
+    content = (bundle / "golden.safetensors").read_bytes()
+    (bundle / "golden.safetensors").write_bytes(content[: len(content) // 2])
+    rehash(bundle, "golden.safetensors")
+    assert_refused(flora("verify", bundle, "--threads", 1), "golden.safetensors is no complete safetensors file")
+
+
+def test_a_manifest_that_is_no_manifest_is_refused(bundle, never_run):
+    (bundle / "manifest.json").write_text('{"schema_version": 1, "model": "vit"}')
+    assert_refused(flora("verify", bundle), "is not a valid Manifest", "artifacts")
+
+
+def test_a_manifest_of_another_schema_is_refused(bundle, never_run):
+    text = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2', 1))
+    assert_refused(flora("verify", bundle), "schema_version")
+
+
+def test_a_manifest_cannot_lead_out_of_the_bundle(bundle, never_run):
+    text = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(text.replace(f'"{COMPACT}"', '"../outside.onnx"'))
+    assert_refused(flora("verify", bundle), "leads out of the bundle")
+
+
+def test_a_folder_that_is_no_bundle_is_refused(worked, tmp_path):
+    assert_refused(flora("verify", worked.compact), "is no bundle: it holds no manifest.json")
+    assert_refused(flora("verify", tmp_path / "none"), "is no bundle")
+
+
+def test_low_rank_that_costs_too_much_fails_with_images(worked):
+    outcome = flora("verify", worked.bundle, "--data", worked.images, "--max-drop", 0.5, "--threads", 1, "--json")
+    said = json.loads(outcome.out)
+    assert (outcome.code, said["passed"]) == (3, False)
+    assert "The gate failed at factorized, ONNX Runtime, batch 1" in outcome.message
+    failed = [stage for stage in said["report"]["stages"] if not stage["passed"]]
+    assert [stage["failures"][0][:8] for stage in failed] == ["drop is "]
+
+
+def test_a_limit_that_is_no_number_does_not_switch_the_gate_off(worked):
+    outcome = flora("verify", worked.bundle, "--data", worked.images, "--max-drop", "nan", "--threads", 1)
+    assert outcome.code in (1, 2), "no drop is above NaN"
+    assert "max-drop" in outcome.message
+
+
+def test_calibration_images_prove_nothing(worked):
+    assert_refused(flora("verify", worked.bundle, "--data", worked.calibration), "calibration set")
+
+
+def test_a_data_set_of_more_classes_is_refused(worked, tmp_path):
+    for label in range(11):
+        (tmp_path / f"{label}").mkdir()
+        Image.new("L", (28, 28), label).save(tmp_path / f"{label}" / "0.png")
+    assert_refused(flora("verify", worked.bundle, "--data", tmp_path, "--threads", 1), "label 10", "10 classes")
+
+
+def test_a_bundle_is_verified_where_torch_and_timm_cannot_be_imported(worked):
+    args = ("verify", worked.bundle, "--data", worked.images, "--max-drop", 100, "--threads", 1, "--json")
+    done = without_torch(*args)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert said["passed"]
+    expected = {stage["name"]: stage["top1"] for stage in worked.manifest["verification"]["stages"]}
+    for stage in said["report"]["stages"]:
+        assert stage["images"] == 120
+        if stage["name"] in expected:
+            assert stage["top1"] == expected[stage["name"]]
+    assert len(said["report"]["stages"]) == 4
+
+
+def test_a_named_data_set_needs_torch_and_says_so(worked):
+    args = ("verify", worked.bundle, "--data", "torch/fashion_mnist,root=x")
+    done = without_torch(*args)
+    assert done.returncode in (1, 4)
+    assert done.stderr.startswith("flora: torch/fashion_mnist")
+    assert "not installed" in done.stderr
