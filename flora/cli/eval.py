@@ -62,7 +62,7 @@ def command(
     if is_supernet_folder(Path(model)):
         if checkpoint or pretrained or model_kwargs:
             raise InputError(
-                f"{model} is a supernet folder: it brings its own; "
+                f"{model} is a supernet folder: it brings its own arguments and weights; "
                 "leave out --checkpoint, --pretrained and --model-kwargs."
             )
         loaded = load_supernet(Path(model))

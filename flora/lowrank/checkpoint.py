@@ -143,7 +143,7 @@ def load_model(
     if Path(model).is_dir():
         if args or checkpoint or pretrained:
             raise InputError(
-                f"{model} is a model folder: it brings its own; "
+                f"{model} is a model folder: it brings its own arguments and weights; "
                 "leave out --checkpoint, --pretrained and --model-kwargs."
             )
         return load_model_folder(Path(model))
