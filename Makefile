@@ -19,6 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/flora build $(FASHION)/model --data $(FASHION)/calibration.tar -o $(DEMO)/supernet
 	$(BIN)/flora materialize $(DEMO)/supernet --uniform-macs 40% -o $(DEMO)/compact
 	$(BIN)/flora export $(DEMO)/compact --to onnx,tensorrt-rtx --eval-data $(FASHION)/test.tar -o $(DEMO)/bundle
+	@echo "flora lies in $(BIN): source $(BIN)/activate puts it on your path."
 
 test: $(VENV)/installed
 	$(BIN)/pytest

@@ -33,6 +33,11 @@ def at_most(name: str, value: float, limit: float) -> Bar:
     return Bar(name, value, limit, bool(value <= limit))
 
 
+def at_least(name: str, value: float, limit: float) -> Bar:
+    """The bar that `value` is not below `limit`."""
+    return Bar(name, value, limit, bool(value >= limit))
+
+
 def exactly(name: str, value: float, limit: float) -> Bar:
     """The bar that `value` is `limit`."""
     return Bar(name, value, limit, value == limit)
@@ -57,7 +62,7 @@ def finish(
         "figures": figures,
         "bars": [asdict(bar) for bar in bars],
     }
-    bar_rows = [[bar.name, f"{bar.value:.4g}", f"{bar.limit:.4g}", "yes" if bar.holds else "NO"] for bar in bars]
+    bar_rows = [[bar.name, _number(bar.value), _number(bar.limit), "yes" if bar.holds else "NO"] for bar in bars]
     bar_columns = ["bar", "value", "limit", "holds"]
     markdown = [
         f"# {name}",
@@ -76,6 +81,10 @@ def finish(
     print_table(columns, rows, title=name)
     print_table(bar_columns, bar_rows)
     sys.exit(0 if all(bar.holds for bar in bars) else 1)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Latency of several runners, measured in pairs: interleaved in one process, so that drift hits them all alike.
 
-In each repeat every runner is timed once, and the order moves on by one from repeat to repeat. What is compared is the
-median of the ratios within repeats, not the ratio of two medians taken at different times.
+In each repeat every runner is timed once, in an order drawn anew, so that none always follows the same other. What is
+compared is the median of the ratios within repeats, not the ratio of two medians taken at different times.
 """
 
 import time
@@ -43,9 +43,9 @@ def paired_latency(
         for name in names:
             runners[name](images)
     times_ms = np.empty((len(names), repeats))
+    draw = np.random.default_rng(0)
     for repeat in range(repeats):
-        for place in range(len(names)):
-            index = (place + repeat) % len(names)
+        for index in draw.permutation(len(names)):
             times_ms[index, repeat] = _timed_ms(runners[names[index]], images)
     ratios = times_ms / times_ms[0]
     return {

@@ -170,7 +170,7 @@ def _report(stage: Stage, tally: Tally, limits: Thresholds, before: tuple[Tally,
     if before is not None:
         reference, earlier = before
         if earlier.top1 is not None and "top1" in figures:
-            figures["drop"] = earlier.top1 - figures["top1"]
+            figures["drop"] = round(earlier.top1 - figures["top1"], 6)
         if tally.classes != reference.classes:
             failures.append(f"gives {tally.classes} classes, {reference.name} gives {reference.classes}")
         elif reference.non_finite:

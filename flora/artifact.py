@@ -123,12 +123,21 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise FloraError("The disk is full (or a quota): nothing was written. Free some space.") from error
-        if error.errno in _WRONG_PLACES:
+        if error.errno in _WRONG_PLACES and _concerns(error, path):
             raise InputError(f"{path} cannot be written: {error.strerror}. Give another place.") from error
         raise
 
 
 _WRONG_PLACES = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether the error is about writing `path`, and not about a file that was read meanwhile."""
+    if error.filename is None:
+        return True
+    file = Path(os.fsdecode(error.filename)).absolute()
+    mine = file == path.absolute() or file in path.absolute().parents
+    return mine or any(part.startswith(f".{path.name}.") for part in file.parts)
 
 
 def _umask() -> int:

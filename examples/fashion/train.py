@@ -17,7 +17,7 @@ from data import CLASS_NAMES, DEFAULT_ROOT, images, prepare, split_training
 from timm.data import create_transform
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -57,10 +57,10 @@ def patch_drop_of_epoch(epoch: int) -> float:
     raise IndexError(epoch)
 
 
-def train(root: Path, state_file: Path, threads: int) -> tuple[nn.Module, list[dict]]:
+def train(root: Path, state_file: Path, threads: int, bf16: bool) -> tuple[nn.Module, list[dict]]:
     """Train to the end of the schedule, from where `state_file` stopped; the averaged model, and a line an epoch."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
+    random_seed(0)
     trained_on, _ = split_training(images(root, train=True))
     trained_on.dataset.transform = training_transform()
     _, held_out = split_training(images(root, train=True))
@@ -86,12 +86,14 @@ def train(root: Path, state_file: Path, threads: int) -> tuple[nn.Module, list[d
         model.patch_drop.prob = patch_drop_of_epoch(epoch)
         model.train()
         order = torch.Generator().manual_seed(epoch)
-        torch.manual_seed(1000 + epoch)
+        random_seed(1000 + epoch)
         loader = DataLoader(trained_on, batch_size=BATCH_SIZE, shuffle=True, drop_last=True, generator=order)
         total = 0.0
         for step, (x, y) in enumerate(loader, start=epoch * steps):
             schedule.step_update(step)
-            loss = loss_of(model(x), y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = model(x)
+            loss = loss_of(logits.float(), y)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,9 +140,10 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="where Fashion-MNIST is or goes")
     parser.add_argument("--state", type=Path, default=Path("runs/fashion-state.pt"), help="resumable training state")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--bf16", action="store_true", help="autocast; pays only on processors with BF16 instructions")
     options = parser.parse_args()
     root = prepare(options.root)
-    model, history = train(root, options.state, options.threads)
+    model, history = train(root, options.state, options.threads, options.bf16)
     finish(model, history, root)
 
 

@@ -72,7 +72,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--compute-capabilities",
     callback=split_names,
-    help="GPUs that a TensorRT-RTX engine is built for, e.g. sm86,sm89 (default: all that it offers).",
+    help="GPUs that a TensorRT-RTX engine is built for, e.g. sm86,sm89 (default: sm80, sm86, sm89 and sm120).",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Latency measurements.")
 @threads_option

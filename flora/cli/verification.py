@@ -29,8 +29,8 @@ def print_stages(report: VerifyReport) -> None:
         title=f"Verification on {report.stages[0].images} images",
     )
     for stage in report.stages:
-        for failure in stage.failures:
-            print(f"{stage.name}: {failure}")
+        for line in (*stage.failures, *([stage.note] if stage.note else [])):
+            print(f"{stage.name}: {line}")
 
 
 def print_artifacts(manifest: Manifest) -> None:
@@ -52,10 +52,10 @@ def print_artifacts(manifest: Manifest) -> None:
                 millions(entry.macs),
                 millions(entry.params),
                 f"{(entry.size_bytes if name in artifacts else FP32_BYTES * (entry.params or 0)) / 2**20:.1f} MiB",
-                "-" if stage is None else f"{percent(stage.top1)} ± {stage.top1_standard_error or 0:.2f}",
+                "-" if stage is None or stage.top1 is None else f"{stage.top1:.2f} % ± {stage.top1_standard_error:.2f}",
                 "-" if stage is None or stage.agreement is None else f"{stage.agreement:.2%} {stage.compared_with}",
                 "-" if latency is None else f"{latency.ratio:.2f}",
-                entry.status if name in artifacts else "reference",
+                entry.status if name in artifacts else "in torch",
             ]
         )
     print_table(

@@ -39,12 +39,9 @@ def command(bundle: Path, data: str | None, max_drop: float | None, threads: int
         )
     else:
         print(f"Hashes: {len(manifest.files)} files as exported.")
-        print(f"Golden outputs: {'; '.join(check.problems) or 'reproduced by every ONNX file'}.")
+        print("\n".join(check.problems) or "Golden outputs: reproduced by every ONNX file.")
         if check.report:
             print_stages(check.report)
-        for entry in manifest.artifacts:
-            if entry.status == "failed":
-                print(f"Failed at export: {entry.name}: {entry.reason}")
         for line in check.not_run:
             print(f"Not run here: {line}.")
         print_verdict(manifest)

@@ -1,8 +1,8 @@
 """Mean and second moment of what each layer receives, over calibration images.
 
 Streamed: a batch adds its sums and is gone, so memory does not depend on the number of images. Products are taken in
-the activations' precision and summed in float64. A layer of `n` inputs needs an `n x n` float64 matrix; `layer_groups`
-splits a large model's layers so that one pass over the images serves each group.
+single precision about the mean of the first batch, and summed in float64. A layer of `n` inputs needs an `n x n`
+float64 matrix; `layer_groups` splits a large model's layers so that one pass over the images serves each group.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,16 +30,30 @@ class InputStatistics:
 
 
 class _Sums:
+    """Running sums over the rows that a layer receives, less the mean of its first batch."""
+
     def __init__(self, features: int, device: torch.device) -> None:
         self.tokens = 0
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
         self.products = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.shift: Tensor | None = None
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].detach().flatten(end_dim=-2).float()  # [B * N, in]
+        if self.shift is None:
+            self.shift = rows.mean(0)
+        rows = rows - self.shift
         self.tokens += len(rows)
         self.total += rows.sum(0, dtype=torch.float64)
         self.products += rows.T @ rows
+
+    def statistics(self) -> "InputStatistics":
+        """Of the inputs themselves: the shift, which only keeps the products precise, is taken out again."""
+        assert self.shift is not None
+        shift, shifted_mean = self.shift.double(), self.total / self.tokens
+        mean = shift + shifted_mean
+        covariance = self.products / self.tokens - torch.outer(shifted_mean, shifted_mean)
+        return InputStatistics(tokens=self.tokens, mean=mean, second_moment=covariance + torch.outer(mean, mean))
 
 
 @torch.no_grad()
@@ -66,12 +80,7 @@ def collect_statistics(
         raise InputError("There are no calibration images; give a data set that holds some.")
     if broken := [name for name, part in sums.items() if not part.products.isfinite().all()]:
         raise InputError(f"The input of {few(broken)} is not finite on the calibration images; check the checkpoint.")
-    return {
-        name: InputStatistics(
-            tokens=part.tokens, mean=part.total / part.tokens, second_moment=part.products / part.tokens
-        )
-        for name, part in sums.items()
-    }
+    return {name: part.statistics() for name, part in sums.items()}
 
 
 def layer_groups(shapes: Iterable[LayerShape], most_bytes: int = 2**29) -> Iterator[list[str]]:

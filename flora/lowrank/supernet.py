@@ -31,11 +31,13 @@ def build_supernet(
     """
     if method not in ("activation", "svd"):
         raise InputError(f"The factorization {method!r} is unknown; use activation or svd.")
-    if (method == "activation") != (batches is not None):
+    if method == "activation" and batches is None:
         raise InputError(
-            f"The method {method} was given {'no' if batches is None else 'some'} calibration images: activation "
-            f"has no statistics for {few(cost.shapes)} without them, and svd uses none."
+            f"The activation-aware factorization has no statistics for {few(cost.shapes)}; "
+            "give calibration images, or use the method svd."
         )
+    if method == "svd" and batches is not None:
+        raise InputError("The method svd looks at no images; leave them out, or use the method activation.")
     factors: dict[str, Factors] = {}
     for group in layer_groups(cost.layers):
         layers = linear_layers(model, group)

@@ -26,7 +26,7 @@ def diagnose() -> list[Finding]:
 def _try(name: str, probe: Callable[[], str], advice: str) -> Finding:
     try:
         return Finding(name=name, works=True, found=probe())
-    except (FloraError, ImportError, OSError, RuntimeError) as error:
+    except (FloraError, ImportError, OSError, RuntimeError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return Finding(name=name, works=False, found=lines[0], advice=advice)
 
@@ -70,12 +70,19 @@ def _onnxruntime_provider(provider: str) -> Callable[[], str]:
     return probe
 
 
-def _tensorrt_rtx() -> str:
-    import tensorrt_rtx
+def _engine_builder(name: str) -> Callable[[], str]:
+    def probe() -> str:
+        trt = importlib.import_module(name)
+        if not trt.Builder(trt.Logger(trt.Logger.ERROR)):
+            raise BackendMissingError("its builder cannot be created here")
+        return f"{trt.__version__}, its builder works"
 
-    if not tensorrt_rtx.Builder(tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR)):
-        raise BackendMissingError("its builder cannot be created")
-    return f"{tensorrt_rtx.__version__}, builds engines ahead of time, without a GPU"
+    return probe
+
+
+def _openvino() -> str:
+    openvino = importlib.import_module("openvino")
+    return f"{openvino.__version__}, devices {', '.join(openvino.Core().available_devices)}"
 
 
 _PROBES: tuple[tuple[str, Callable[[], str], str], ...] = (
@@ -93,13 +100,13 @@ _PROBES: tuple[tuple[str, Callable[[], str], str], ...] = (
         _onnxruntime_provider("CUDAExecutionProvider"),
         "on a GPU: pip uninstall onnxruntime, then pip install 'flora-vit[gpu]'",
     ),
-    ("TensorRT-RTX", _tensorrt_rtx, "pip install 'flora-vit[rtx]'"),
+    ("TensorRT-RTX", _engine_builder("tensorrt_rtx"), "pip install 'flora-vit[rtx]'"),
     (
         "TensorRT",
-        _package("tensorrt"),
+        _engine_builder("tensorrt"),
         "on a GPU: pip install 'flora-vit[gpu]' with NVIDIA's package index (https://pypi.nvidia.com)",
     ),
-    ("OpenVINO", _package("openvino"), "pip install 'flora-vit[openvino]'"),
+    ("OpenVINO", _openvino, "pip install 'flora-vit[openvino]'"),
 )
 
 

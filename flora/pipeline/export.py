@@ -37,7 +37,7 @@ from flora.lowrank.checkpoint import (
 )
 from flora.lowrank.targets import trace_cost
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
-from flora.pipeline.images import certified_record, open_images
+from flora.pipeline.images import certified_record, check_classes, open_images
 from flora.provenance import device_facts, now, versions
 
 MODEL_FOLDER = "model"
@@ -125,6 +125,7 @@ def export_bundle(
         raise InputError("--reference is what a factorized model is compared with; this model is dense itself.")
     dense = load_reference(source.config, request.reference)
     images = open_images(request.eval_data, source.config.preprocessing)
+    check_classes(images, getattr(source.module, "num_classes", None))
     record = certified_record(images, source.config.calibration)
     name = "factorized" if source.config.ranks else "dense"
     compact = _Exported(name=name, role="candidate", model=source, path="onnx/model-fp32.onnx")
@@ -140,11 +141,10 @@ def export_bundle(
         for spec in specs:
             on_step(f"building the {spec.backend} engine")
             engine_from_onnx(folder / compact.path, folder / _engine_path(spec), spec)
-        on_step("verifying every step")
-        report, latency = _prove(exported, folder, images, request)
+        report, latency = _prove(exported, folder, images, request, on_step)
         entries = [_onnx_entry(one, folder, report) for one in exported]
         entries += [_engine_entry(spec, folder, entries[-1]) for spec in specs]
-        recommended, reason = _recommend(entries, latency)
+        recommended, reason = _recommend(entries, latency, factorized=bool(source.config.ranks))
         manifest = Manifest(
             model=source.config.model,
             class_names=source.config.class_names and list(source.config.class_names),
@@ -184,7 +184,11 @@ def _export_onnx(exported: _Exported, folder: Path, request: ExportRequest) -> N
 
 
 def _prove(
-    exported: list[_Exported], folder: Path, images: ImageSet, request: ExportRequest
+    exported: list[_Exported],
+    folder: Path,
+    images: ImageSet,
+    request: ExportRequest,
+    on_step: Callable[[str], None],
 ) -> tuple[VerifyReport, dict[str, LatencyStats]]:
     """Verify every step on all images, write the golden outputs, and measure latency at the usual batch.
 
@@ -214,7 +218,13 @@ def _prove(
             runners[one.onnx_name] = onnx_runner
             runners[one.torch_name] = torch_runner
             golden_logits[one.path] = torch_runner(golden)
-        report = verify(stages, images, thresholds=thresholds_with_drop(request.max_drop))
+        report = verify(
+            stages,
+            images,
+            thresholds=thresholds_with_drop(request.max_drop),
+            progress=lambda done, total: on_step(f"verifying every step: {done} of {total} images"),
+        )
+        on_step("measuring latency")
         write_golden(folder / GOLDEN, golden, golden_logits)
         batch_images = np.resize(golden, (usual, *golden.shape[1:]))
         return report, paired_latency(runners, batch_images, repeats=request.repeats)
@@ -247,7 +257,7 @@ def _engine_entry(spec: EngineSpec, folder: Path, compact: ArtifactEntry) -> Art
         precision="fp32",
         role="candidate",
         status="built, not run",
-        reason="built ahead of time; run flora verify on the device that it is for",
+        reason="built for a device that is not here",
         sha256=sha256_of_file(folder / path),
         size_bytes=(folder / path).stat().st_size,
         macs=compact.macs,
@@ -256,16 +266,20 @@ def _engine_entry(spec: EngineSpec, folder: Path, compact: ArtifactEntry) -> Art
     )
 
 
-def _recommend(entries: list[ArtifactEntry], latency: dict[str, LatencyStats]) -> tuple[str | None, str]:
+def _recommend(
+    entries: list[ArtifactEntry], latency: dict[str, LatencyStats], *, factorized: bool
+) -> tuple[str | None, str]:
     """The fastest artefact that ran here and passed its gate, and why; the yardstick when nothing beats it."""
     verified = [entry for entry in entries if entry.status == "verified"]
     if not verified:
         return None, "nothing passed its gate"
-    best = min(verified, key=lambda entry: latency[entry.name].median_ms)
+    if not any(entry.role == "yardstick" for entry in entries):
+        if factorized:
+            return None, "without the dense model nothing is known of what low rank costs; name it with --reference"
+        return verified[0].name, "it passed every gate"
+    best = min(verified, key=lambda entry: latency[entry.name].ratio)
     if best.role == "yardstick":
         return best.name, "the factorized model is slower here or failed its gate: ship the dense one"
-    if len(verified) == 1:
-        return best.name, "it passed every gate; there is no dense model to compare it with"
     return best.name, f"it passed every gate and takes {latency[best.name].ratio:.2f} of the dense model's time"
 
 

@@ -17,6 +17,16 @@ def open_images(text: str, preprocessing: Preprocessing) -> ImageSet:
     return TimmImages(text, preprocessing)
 
 
+def check_classes(images: ImageSet, classes: int | None) -> None:
+    """Refuse labelled images with another number of classes than the model: their labels would mean something else."""
+    named = len(getattr(images, "class_names", ()))
+    if named and classes is not None and named != classes:
+        raise InputError(
+            f"The images lie in {named} class folders, the model has {classes} classes; "
+            "give images of all its classes, as in the data set that it was trained for."
+        )
+
+
 def certified_record(images: ImageSet, calibration: ImageSetRecord | None) -> ImageSetRecord:
     """The record of evaluation images; refused when a calibration image is among them."""
     record = images.record()

@@ -8,7 +8,7 @@ from export.bundle import ArtifactEntry, Bundle, check_golden, check_hashes, loa
 from export.runners import OnnxRunner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.errors import GateFailedError
-from flora.pipeline.images import certified_record, open_images
+from flora.pipeline.images import certified_record, check_classes, open_images
 
 BATCHES = (1, 8)
 
@@ -41,6 +41,7 @@ def verify_bundle(
     manifest = bundle.manifest
     images = open_images(data, manifest.preprocessing) if data else None
     if images is not None:
+        check_classes(images, len(manifest.class_names) if manifest.class_names else None)
         certified_record(images, manifest.image_sets.get("calibration"))
     runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx"]
     with ExitStack() as opened:
@@ -50,7 +51,10 @@ def verify_bundle(
         }
         problems = [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]
         report = None
-        if images is not None:
+        if images is None:
+            failed = [entry for entry in runnable if entry.status == "failed"]
+            problems += [f"{entry.name} failed at export: {entry.reason}" for entry in failed]
+        else:
             drop = manifest.max_drop if max_drop is None else max_drop
             report = verify(_stages(runnable, runners), images, thresholds=thresholds_with_drop(drop))
     not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry.kind == "engine"]

@@ -26,6 +26,8 @@ class TimmImages:
         self.preprocessing = preprocessing
         self.workers = workers
         self._source = _open(self.spec, preprocessing.image_mode)
+        if isinstance(self._source, IterableDataset) and self.spec.limit is not None:
+            raise InputError(f"{text}: a streamed data set takes no limit; use one that is read by index.")
         self._indices = None if isinstance(self._source, IterableDataset) else self.spec.indices(len(self._source))
 
     def __len__(self) -> int:
@@ -75,7 +77,7 @@ class _Decoded(Dataset):
     def __init__(self, source: Any, mode: str, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source, self.mode, self.transform = source, mode, transform
         classes = getattr(getattr(source, "reader", None), "class_to_idx", None)
-        self.labelled = classes is None or not set(classes) <= {"", "."}
+        self.labelled = not classes or not set(classes) <= {"", "."}
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if hasattr(self.source, "reader"):

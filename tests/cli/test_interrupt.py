@@ -92,7 +92,7 @@ def test_a_limit_on_file_size_is_one_message(worked, tmp_path):
     out = tmp_path / "out"
     process = start_flora("build", worked.dense, "--method", "svd", "-o", out, log=tmp_path / "log", before=limit)
     process.join(PATIENCE_S)
-    assert_said(tmp_path / "log", "File too large")
+    assert_said(tmp_path / "log", "The disk is full")
     assert process.exitcode == 1
     assert not out.exists()
     assert leftovers(tmp_path) == []
