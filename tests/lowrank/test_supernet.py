@@ -64,12 +64,12 @@ def test_each_layer_is_reported_as_it_is_factorized(vit_cost: ModelCost):
 
 
 def test_activation_without_images_names_the_layers(vit_cost: ModelCost):
-    with pytest.raises(InputError, match=r"no calibration images.*blocks\.0\.attn\.qkv"):
+    with pytest.raises(InputError, match=r"no statistics for blocks\.0\.attn\.qkv"):
         build_supernet(tiny_model(), vit_cost, method="activation")
 
 
 def test_svd_with_images_is_refused(vit_cost: ModelCost):
-    with pytest.raises(InputError, match="svd was given some calibration images"):
+    with pytest.raises(InputError, match="svd looks at no images"):
         build_supernet(tiny_model(), vit_cost, method="svd", batches=[random_images(2)])
 
 
