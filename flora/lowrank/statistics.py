@@ -6,6 +6,7 @@ float64 matrix; `layer_groups` splits a large model's layers so that one pass ov
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor, nn
 
 from flora.errors import InputError, few
 from flora.ranks.cost import LayerShape
+
+# A backward pass keeps the activations of all its images; two need less memory than a large model's weights.
+IMAGES_OF_A_GRADIENT = 2
+# Where nothing depends on any token all weigh the same.
+SMALLEST_WEIGHT = 1e-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,57 +36,128 @@ class InputStatistics:
 
 
 class _Sums:
-    """Running sums over the rows that a layer receives, less the mean of its first batch."""
+    """Running sums over the rows that a layer receives, less the mean of its first batch, each row with a weight."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.tokens = 0
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
         self.products = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.shift: Tensor | None = None
 
-    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].detach().flatten(end_dim=-2).float()  # [B * N, in]
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Take in `inputs` [..., in] with `weights` [...], or all with the weight one."""
+        rows = inputs.detach().flatten(end_dim=-2).float()  # [B * N, in]
         if self.shift is None:
             self.shift = rows.mean(0)
         rows = rows - self.shift
+        if weights is None:
+            weights = torch.ones_like(rows[:, 0])
+        weights = weights.flatten().float()
+        weighted = rows * weights[:, None]
         self.tokens += len(rows)
-        self.total += rows.sum(0, dtype=torch.float64)
-        self.products += rows.T @ rows
+        self.weight += weights.sum(dtype=torch.float64)
+        self.total += weighted.sum(0, dtype=torch.float64)
+        self.products += rows.T @ weighted
 
-    def statistics(self) -> "InputStatistics":
+    def statistics(self) -> InputStatistics:
         """Of the inputs themselves: the shift, which only keeps the products precise, is taken out again."""
         assert self.shift is not None
-        shift, shifted_mean = self.shift.double(), self.total / self.tokens
-        mean = shift + shifted_mean
-        covariance = self.products / self.tokens - torch.outer(shifted_mean, shifted_mean)
+        shifted_mean = self.total / self.weight
+        mean = self.shift.double() + shifted_mean
+        covariance = self.products / self.weight - torch.outer(shifted_mean, shifted_mean)
         return InputStatistics(tokens=self.tokens, mean=mean, second_moment=covariance + torch.outer(mean, mean))
 
 
-@torch.no_grad()
 def collect_statistics(
-    model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Linear]
+    model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Linear], *, weigh_tokens: bool = False
 ) -> dict[str, InputStatistics]:
     """Run `batches` of images [B, C, H, W] through `model` and return the statistics of what each of `layers` receives.
 
-    Raises `InputError` when there are no images, and naming the layer when an activation is not finite.
+    With `weigh_tokens` a token counts by how much the model's answer depends on the layer's output there (see
+    `_add_weighted`); the model must give logits [B, classes]. Raises `InputError` when there are no images, and naming
+    the layer when an activation is not finite.
     """
     device = next(model.parameters()).device
     sums = {name: _Sums(layer.in_features, device) for name, layer in layers.items()}
-    hooks = [layer.register_forward_pre_hook(sums[name].add) for name, layer in layers.items()]
-    training = model.training
-    model.eval()
-    try:
+    draw = torch.Generator().manual_seed(0)
+    with _frozen(model):
         for images in batches:
-            model(images.to(device))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+            if weigh_tokens:
+                for few_images in images.to(device).split(IMAGES_OF_A_GRADIENT):
+                    _add_weighted(model, few_images, layers, sums, draw)
+            else:
+                _add_plain(model, images.to(device), layers, sums)
     if any(part.tokens == 0 for part in sums.values()):
         raise InputError("There are no calibration images; give a data set that holds some.")
     if broken := [name for name, part in sums.items() if not part.products.isfinite().all()]:
         raise InputError(f"The input of {few(broken)} is not finite on the calibration images; check the checkpoint.")
     return {name: part.statistics() for name, part in sums.items()}
+
+
+@torch.no_grad()
+def _add_plain(model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear], sums: Mapping[str, _Sums]) -> None:
+    for name, (inputs, _) in _forward(model, images, layers)[1].items():
+        sums[name].add(inputs)
+
+
+@torch.enable_grad()
+def _add_weighted(
+    model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear], sums: Mapping[str, _Sums], draw: torch.Generator
+) -> None:
+    """Add what `images` give, a token weighing ||dL/dy||^2, y being the layer's output at that token.
+
+    L is the model's own log-likelihood of a label drawn from its prediction (so no labels are needed, and the squares
+    are those of the Fisher information). By Cauchy-Schwarz the weighted squared output error bounds what an error in y
+    does to L. Tokens that the classifier never looks at, such as patches in a last block that is read at the class
+    token, weigh nothing.
+    """
+    logits, seen = _forward(model, images.requires_grad_(), layers)
+    if logits.ndim != 2:
+        raise InputError(f"A classifier gives logits [images, classes], this model gives {list(logits.shape)}.")
+    likelihoods = logits.float().log_softmax(-1)
+    if likelihoods.isfinite().all():
+        labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=draw).to(logits.device)
+        outputs = [output for _, output in seen.values()]
+        gradients = torch.autograd.grad(likelihoods.gather(1, labels).sum(), outputs, materialize_grads=True)
+        weights = [gradient.float().square().sum(-1) + SMALLEST_WEIGHT for gradient in gradients]
+    else:
+        weights = [torch.ones_like(output[..., 0]) for _, output in seen.values()]
+    for (name, (inputs, _)), weight in zip(seen.items(), weights, strict=True):
+        sums[name].add(inputs, weight)
+
+
+def _forward(
+    model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The model's output, and the input and output of each layer on the way."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def remember(name: str):
+        return lambda layer, inputs, output: seen.update({name: (inputs[0], output)})
+
+    hooks = [layer.register_forward_hook(remember(name)) for name, layer in layers.items()]
+    try:
+        return model(images), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and its parameters without gradients inside the block, as they were behind it."""
+    training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def layer_groups(shapes: Iterable[LayerShape], most_bytes: int = 2**29) -> Iterator[list[str]]:

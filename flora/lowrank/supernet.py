@@ -41,7 +41,7 @@ def build_supernet(
     factors: dict[str, Factors] = {}
     for group in layer_groups(cost.layers):
         layers = linear_layers(model, group)
-        statistics = collect_statistics(model, batches, layers) if batches is not None else {}
+        statistics = collect_statistics(model, batches, layers, weigh_tokens=True) if batches is not None else {}
         for name, layer in layers.items():
             if method == "activation":
                 factors[name] = factorize_activation(layer, statistics.pop(name))

@@ -138,3 +138,31 @@ def test_collecting_leaves_the_model_as_it_was_even_when_it_fails():
         _collect(model, [torch.zeros(1, 1, 5, 5)], "blocks.0.attn.qkv")
     assert model.training
     assert not model.blocks[0].attn.qkv._forward_pre_hooks
+
+
+def test_tokens_that_the_answer_does_not_depend_on_weigh_nothing():
+    """The last block of this ViT is read at the class token alone; the first one at every token."""
+    model, image = tiny_model(), IMAGES[:1]
+    names = [f"blocks.{block}.mlp.fc1" for block in (0, 1)]
+    layers = {name: model.get_submodule(name) for name in names}
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()[0]}))
+        for name, layer in layers.items()
+    ]
+    statistics = collect_statistics(model, [image], layers, weigh_tokens=True)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(statistics[names[1]].mean.float(), inputs[names[1]][0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(statistics[names[0]].mean.float(), inputs[names[0]][0], rtol=1e-2, atol=1e-2)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_weights_do_not_depend_on_the_batch_size():
+    model = tiny_model()
+    layers = find_targets(model)
+    once = collect_statistics(model, [IMAGES], layers, weigh_tokens=True)
+    often = collect_statistics(model, IMAGES.split(4), layers, weigh_tokens=True)
+    for name in layers:
+        torch.testing.assert_close(often[name].mean, once[name].mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(often[name].covariance, once[name].covariance, rtol=1e-3, atol=1e-4)
