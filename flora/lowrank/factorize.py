@@ -4,10 +4,10 @@ Both methods return `down` [f, in] and `up` [out, f], f the full rank, with comp
 r rows of `down` and columns of `up` are the rank-r layer, and at r = f the product is the dense weight.
 
 * `svd` is the released code's start: the SVD of the weight alone, singular values on the side of the smaller dimension.
-* `activation` is optimal for the layer's output on the calibration tokens: with C the covariance of the inputs, `up`
-  holds the eigenvectors of W C W^T and `down = up^T W`, so that a rank drops exactly the smallest eigenvalues. The mean
-  m of the inputs passes untouched: y = up_r down_r (x - m) + (W m + b). A layer without a bias stays without one: its C
-  is the second moment about zero.
+* `activation` is optimal for the layer's output on the calibration tokens, weighted as the statistics weigh them: with
+  C the covariance of the inputs, `up` holds the eigenvectors of W C W^T and `down = up^T W`, so that a rank drops
+  exactly the smallest eigenvalues. The mean m of the inputs passes untouched: y = up_r down_r (x - m) + (W m + b). A
+  layer without a bias stays without one: its C is the second moment about zero.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ from flora.ranks.cost import LayerShape
 # A backward pass keeps the activations of all its images; two need less memory than a large model's weights.
 IMAGES_OF_A_GRADIENT = 2
 # Where nothing depends on any token all weigh the same.
-SMALLEST_WEIGHT = 1e-20
+SMALLEST_WEIGHT = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,12 @@ def _add_plain(model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear]
 def _add_weighted(
     model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear], sums: Mapping[str, _Sums], draw: torch.Generator
 ) -> None:
-    """Add what `images` give, a token weighing ||dL/dy||^2, y being the layer's output at that token.
+    """Add what `images` give, a token weighing ||dL/dy||, y being the layer's output at that token.
 
-    L is the model's own log-likelihood of a label drawn from its prediction (so no labels are needed, and the squares
-    are those of the Fisher information). By Cauchy-Schwarz the weighted squared output error bounds what an error in y
-    does to L. Tokens that the classifier never looks at, such as patches in a last block that is read at the class
-    token, weigh nothing.
+    L is the model's own log-likelihood of a label drawn from its prediction, so no labels are needed. To first order,
+    a change of y moves L by at most sum ||dL/dy|| ||dy|| <= sqrt(sum ||dL/dy||) sqrt(sum ||dL/dy|| ||dy||^2), and the
+    last factor is what the weighted statistics let a factorization minimize. Tokens that the classifier never looks at,
+    such as patches in a last block that is read at the class token, weigh nothing.
     """
     logits, seen = _forward(model, images.requires_grad_(), layers)
     if logits.ndim != 2:
@@ -120,7 +120,7 @@ def _add_weighted(
         labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=draw).to(logits.device)
         outputs = [output for _, output in seen.values()]
         gradients = torch.autograd.grad(likelihoods.gather(1, labels).sum(), outputs, materialize_grads=True)
-        weights = [gradient.float().square().sum(-1) + SMALLEST_WEIGHT for gradient in gradients]
+        weights = [gradient.float().norm(dim=-1) + SMALLEST_WEIGHT for gradient in gradients]
     else:
         weights = [torch.ones_like(output[..., 0]) for _, output in seen.values()]
     for (name, (inputs, _)), weight in zip(seen.items(), weights, strict=True):
