@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flora.errors import InputError
 from flora.lowrank.factorize import Factors
-from flora.ranks.cost import Rank
+from flora.ranks.cost import Rank, break_even_rank
 
 
 class ElasticLinear(nn.Module):
@@ -40,7 +40,7 @@ class ElasticLinear(nn.Module):
 
     @property
     def is_factored(self) -> bool:
-        return self.rank * (self.in_features + self.out_features) < self.in_features * self.out_features
+        return self.rank < break_even_rank(self.in_features, self.out_features)
 
     def sliced(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Views of `down` [r, in], `up` [out, r] and `inner_bias` [r] at the active rank."""

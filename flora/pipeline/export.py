@@ -25,7 +25,7 @@ from export.onnx import onnx_from_module
 from export.runners import OnnxRunner, Runner
 from export.torch_runner import TorchRunner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
-from flora.artifact import check_replaceable, new_folder, sha256_of_file
+from flora.artifact import check_replaceable, new_folder
 from flora.errors import InputError
 from flora.lowrank.checkpoint import (
     LoadedModel,
@@ -142,14 +142,15 @@ def export_bundle(
             on_step(f"building the {spec.backend} engine")
             engine_from_onnx(folder / compact.path, folder / _engine_path(spec), spec)
         report, latency = _prove(exported, folder, images, request, on_step)
-        entries = [_onnx_entry(one, folder, report) for one in exported]
-        entries += [_engine_entry(spec, folder, entries[-1]) for spec in specs]
+        files = hash_files(folder)
+        entries = [_onnx_entry(one, folder, files, report) for one in exported]
+        entries += [_engine_entry(spec, folder, files, entries[-1]) for spec in specs]
         recommended, reason = _recommend(entries, latency, factorized=bool(source.config.ranks))
         manifest = Manifest(
             model=source.config.model,
             class_names=source.config.class_names and list(source.config.class_names),
             preprocessing=source.config.preprocessing,
-            files=hash_files(folder),
+            files=files,
             artifacts=entries,
             recommended=recommended,
             recommendation_reason=reason,
@@ -230,7 +231,7 @@ def _prove(
         return report, paired_latency(runners, batch_images, repeats=request.repeats)
 
 
-def _onnx_entry(exported: _Exported, folder: Path, report: VerifyReport) -> ArtifactEntry:
+def _onnx_entry(exported: _Exported, folder: Path, files: dict[str, str], report: VerifyReport) -> ArtifactEntry:
     failed = [stage for stage in report.stages if stage.name in exported.stages and not stage.passed]
     cost = trace_cost(exported.model.module, [], exported.model.config.preprocessing.input_size)
     return ArtifactEntry(
@@ -241,14 +242,14 @@ def _onnx_entry(exported: _Exported, folder: Path, report: VerifyReport) -> Arti
         role=exported.role,
         status="failed" if failed else "verified",
         reason="; ".join(f"{stage.name}: {', '.join(stage.failures)}" for stage in failed) or None,
-        sha256=sha256_of_file(folder / exported.path),
+        sha256=files[exported.path],
         size_bytes=(folder / exported.path).stat().st_size,
         macs=cost.dense_macs,
         params=cost.dense_params,
     )
 
 
-def _engine_entry(spec: EngineSpec, folder: Path, compact: ArtifactEntry) -> ArtifactEntry:
+def _engine_entry(spec: EngineSpec, folder: Path, files: dict[str, str], compact: ArtifactEntry) -> ArtifactEntry:
     path = _engine_path(spec)
     return ArtifactEntry(
         name=compact.name.replace("ONNX Runtime", spec.backend),
@@ -258,7 +259,7 @@ def _engine_entry(spec: EngineSpec, folder: Path, compact: ArtifactEntry) -> Art
         role="candidate",
         status="built, not run",
         reason="built for a device that is not here",
-        sha256=sha256_of_file(folder / path),
+        sha256=files[path],
         size_bytes=(folder / path).stat().st_size,
         macs=compact.macs,
         params=compact.params,

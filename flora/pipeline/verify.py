@@ -46,7 +46,7 @@ def verify_bundle(
     runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx"]
     with ExitStack() as opened:
         runners = {
-            entry.name: opened.enter_context(OnnxRunner(bundle.folder / entry.path, threads=threads, name=entry.name))
+            entry.name: opened.enter_context(OnnxRunner(bundle.path_of(entry), threads=threads, name=entry.name))
             for entry in runnable
         }
         problems = [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]

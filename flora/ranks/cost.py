@@ -18,6 +18,11 @@ from flora.errors import InputError
 Rank = StrictInt | Literal["dense"]
 
 
+def break_even_rank(in_features: int, out_features: int) -> int:
+    """The smallest rank at which two factors cost at least as much as the dense matrix."""
+    return -(-in_features * out_features // (in_features + out_features))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
     """One factorizable linear layer: `tokens` are the rows it multiplies for one image."""
@@ -41,8 +46,7 @@ class LayerShape:
 
     @cached_property
     def break_even_rank(self) -> int:
-        """The smallest rank at which two factors cost at least as much as the dense matrix."""
-        return -(-self.dense_weights // (self.in_features + self.out_features))
+        return break_even_rank(self.in_features, self.out_features)
 
     def is_factored(self, rank: Rank) -> TypeGuard[int]:
         """Whether materializing at `rank` gives two factors instead of the dense product."""
