@@ -1,4 +1,4 @@
-"""What the paper FLORA (arXiv 2311.03912) and its released code fix in numbers: rank grids, subnets, and its "FLOPs".
+"""What the paper FLORA (arXiv 2311.03912) and its released code fix in numbers: its subnets and its "FLOPs".
 
 The paper's FLOPs are multiply-accumulates, plus one operation for each element of each LayerNorm (of the last one only
 the class token). Everywhere else flora counts MACs. The ranks below are those of the two released subnets, in the order
@@ -6,9 +6,6 @@ qkv, fc1, fc2 block by block; 384 of 384 means dense.
 """
 
 from collections.abc import Sequence
-
-DEIT_B_RATIOS = tuple(n / 8 for n in (1, 2, 3, 4, 5, 6, 8))
-DEIT_S_RATIOS = tuple(n / 6 for n in range(1, 7))
 
 DEIT_B_8G = (
     (96, 192, 288),

@@ -5,8 +5,8 @@ import timm
 
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.ranks.cost import ModelCost, Rank
-from flora.ranks.paper import DEIT_B_8G, DEIT_B_RATIOS, DEIT_S_2G7, DEIT_S_RATIOS, paper_flops
-from flora.ranks.space import space_from_ratios
+from flora.ranks.paper import DEIT_B_8G, DEIT_S_2G7, paper_flops
+from flora.ranks.space import GRIDS, space_from_ratios
 
 BASE, SMALL = "deit_base_patch16_224", "deit_small_patch16_224"
 DIMS = {BASE: 768, SMALL: 384}
@@ -73,7 +73,7 @@ def test_the_papers_flops_are_the_counted_macs_and_one_for_each_normalized_eleme
     assert paper_flops(dim, blocks[name]) - counted == 2 * BLOCKS * TOKENS * dim + dim
 
 
-@pytest.mark.parametrize(("name", "ratios"), [(BASE, DEIT_B_RATIOS), (SMALL, DEIT_S_RATIOS)])
+@pytest.mark.parametrize(("name", "ratios"), [(BASE, GRIDS["eighths"]), (SMALL, GRIDS["sixths"])])
 def test_the_papers_grid_holds_the_released_subnet_up_to_break_even(deit_costs, name: str, ratios):
     cost = deit_costs[name]
     space = space_from_ratios(cost, ratios)
