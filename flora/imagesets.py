@@ -1,34 +1,42 @@
 """An image set as it is named on the command line and as it is recorded in artefacts.
 
 On the command line: a path (a folder or tar of class folders), or a dataset of timm's factory with its options behind
-commas: `torch/cifar10,root=DIR,split=train,limit=512`. The record keeps a digest of every image, so that a later step
-can refuse images that an earlier one has used.
+commas: `torch/cifar10,root=DIR,split=train,limit=512`. `fold=2/10` takes every tenth image, the second first, and
+`except=2/10` all but these: so one set is trained on in one part and held out in the other. The record keeps a digest
+of every image, so that a later step can refuse images that an earlier one has used.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from flora.errors import InputError, few
 
 FACTORY_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-OPTIONS = ("root", "split", "limit")
+Role = Literal["calibration", "selection", "training"]
+OPTIONS = ("root", "split", "fold", "except", "limit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSetSpec:
-    """Which images: `name` is empty for a folder or tar at `root`; `limit` takes that many, evenly spaced."""
+    """Which images: `name` is empty for a folder or tar at `root`; `limit` takes that many, evenly spaced.
+
+    `fold` and `left_out` are pairs (k, n): the images k-1, k-1+n, k-1+2n, ... alone, or all others.
+    """
 
     name: str
     root: str
     split: str
     limit: int | None
+    fold: tuple[int, int] | None = None
+    left_out: tuple[int, int] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `PATH[,limit=N]` or `torch/NAME[,root=DIR][,split=NAME][,limit=N]`."""
+        """Read `PATH[,OPTION=VALUE...]` or `torch/NAME[,root=DIR][,OPTION=VALUE...]`, see `OPTIONS`."""
         first, *pairs = text.split(",")
         options = dict(pair.partition("=")[::2] for pair in pairs)
         if unknown := [key for key in options if key not in OPTIONS]:
@@ -47,13 +55,29 @@ class ImageSetSpec:
             root=options.get("root", "") if named else first,
             split=options.get("split", "validation"),
             limit=limit,
+            fold=_fold(text, options.get("fold")),
+            left_out=_fold(text, options.get("except")),
         )
 
-    def indices(self, length: int) -> range | list[int]:
-        """The images taken of `length`: all, or `limit` of them evenly spaced."""
-        if self.limit is None or self.limit >= length:
-            return range(length)
-        return [i * length // self.limit for i in range(self.limit)]
+    def indices(self, length: int) -> Sequence[int]:
+        """The images taken of `length`: those of the fold, or all; `limit` of them evenly spaced."""
+        taken: Sequence[int] = range(length)
+        if self.fold:
+            taken = range(self.fold[0] - 1, length, self.fold[1])
+        if self.left_out:
+            taken = [i for i in taken if i % self.left_out[1] != self.left_out[0] - 1]
+        if self.limit is None or self.limit >= len(taken):
+            return taken
+        return [taken[i * len(taken) // self.limit] for i in range(self.limit)]
+
+
+def _fold(text: str, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    part, _, parts = value.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise InputError(f"{text!r}: a fold is K/N with K from 1 to N, for example 1/10; got {value!r}.")
+    return int(part), int(parts)
 
 
 class ImageSetRecord(BaseModel):
@@ -75,6 +99,16 @@ class ImageSetRecord(BaseModel):
             return cls(spec=spec, images=images, digest=None, image_digests=None)
         digest = hashlib.sha256("".join(sorted(image_digests)).encode()).hexdigest()
         return cls(spec=spec, images=images, digest=digest, image_digests=tuple(image_digests))
+
+    def joined(self, other: "ImageSetRecord | None") -> "ImageSetRecord":
+        """The record of both sets together; an image in both counts once."""
+        if other is None or other == self:
+            return self
+        spec = f"{self.spec} and {other.spec}"
+        if self.image_digests is None or other.image_digests is None:
+            return ImageSetRecord.of(spec, self.images + other.images, None)
+        both = list(dict.fromkeys((*self.image_digests, *other.image_digests)))
+        return ImageSetRecord.of(spec, len(both), both)
 
     def refuse_overlap(self, other: "ImageSetRecord", *, own_role: str, other_role: str) -> None:
         """Raise `InputError` when the two sets share an image."""

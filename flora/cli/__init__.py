@@ -11,11 +11,17 @@ from flora.errors import FloraError, near_matches
 COMMANDS = {
     "doctor": "Say what is installed, what really works here, and what to install.",
     "build": "Factorize a trained model into a supernet.",
+    "import": "Turn files that FLORA's authors released into supernets, models and ranks.",
+    "filter": "Keep the candidates of each block that cost the model least.",
+    "train": "Train a supernet, or fine-tune a compact model.",
+    "search": "Find the best ranks within a budget.",
+    "compress": "Lead a trained model to a verified bundle within a budget, in one command.",
     "materialize": "Turn a supernet and ranks into a compact model.",
     "export": "Turn a compact model into verified ONNX files and engines.",
     "verify": "Check a bundle: files, golden outputs and, given images, accuracy.",
     "eval": "Measure the accuracy of a model on labelled images.",
 }
+MODULES = {"import": "import_released"}  # a keyword of Python names no module
 
 
 class LazyGroup(click.Group):
@@ -27,7 +33,7 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"flora.cli.{name}").command
+        return importlib.import_module(f"flora.cli.{MODULES.get(name, name)}").command
 
     def resolve_command(self, context: click.Context, args: list[str]):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):

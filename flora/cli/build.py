@@ -13,6 +13,7 @@ from flora.cli.options import (
     out_option,
     parse_model_kwargs,
     set_threads,
+    space_options,
     split_names,
     threads_option,
     torch_device,
@@ -38,6 +39,7 @@ from flora.cli.options import (
     show_default=True,
     help="activation: least output error on the images; svd: of the weights alone, needs no images.",
 )
+@space_options
 @batch_size_option(64)
 @workers_option
 @device_option
@@ -52,6 +54,8 @@ def command(
     out: Path,
     layers: tuple[str, ...],
     method: str,
+    space: str,
+    keep_redundant: bool,
     batch_size: int,
     workers: int,
     device: str,
@@ -81,12 +85,15 @@ def command(
             data=data,
             layers=layers,
             method="svd" if method == "svd" else "activation",
+            space=space,
+            keep_redundant=keep_redundant,
             batch_size=batch_size,
             workers=workers,
             on_layer=lambda name: advance(1),
         )
     cost = supernet.config.cost
-    images = supernet.config.calibration.images if supernet.config.calibration else 0
+    calibration = supernet.config.image_sets.get("calibration")
+    images = calibration.images if calibration else 0
     if as_json:
         print_json(
             {

@@ -12,20 +12,9 @@ from flora.cli.options import (
     out_option,
     set_threads,
     split_names,
+    targets_option,
     threads_option,
 )
-
-TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
-
-
-def _targets(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    from flora.errors import near_matches
-
-    targets = split_names(context, parameter, value)
-    for target in targets:
-        if target not in TARGETS:
-            raise click.BadParameter(f"{target!r} is none of {', '.join(TARGETS)}.{near_matches(target, TARGETS)}")
-    return targets or ("onnx",)
 
 
 def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
@@ -41,14 +30,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.command("export")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--ranks", type=click.Path(path_type=Path), help="Cut MODEL, a supernet folder, at this rank config.")
-@click.option(
-    "--to",
-    "targets",
-    callback=_targets,
-    default="onnx",
-    show_default=True,
-    help=f"What to build besides ONNX, which is always built: {', '.join(TARGETS)}.",
-)
+@targets_option
 @click.option(
     "--eval-data", metavar="IMAGES", required=True, help=f"Images that every step is verified on: {IMAGES_HELP}."
 )

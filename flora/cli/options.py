@@ -15,7 +15,10 @@ device_option = click.option("--device", default="cpu", show_default=True, help=
 workers_option = click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode images."
 )
-IMAGES_HELP = "a folder or tar of class folders, or e.g. torch/cifar10,root=DIR,split=train,limit=512"
+IMAGES_HELP = (
+    "a folder or tar of class folders, or e.g. torch/cifar10,root=DIR,split=train; with ,limit=512 evenly spaced ones, "
+    "with ,fold=1/10 every tenth, with ,except=1/10 all others"
+)
 
 
 def _points(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -32,6 +35,69 @@ def max_drop_option(default: float | None, help_of_default: str) -> Callable:
         callback=_points,
         help=f"Points of top-1 that low rank may cost (default {help_of_default}).",
     )
+
+
+restart_option = click.option(
+    "--restart", is_flag=True, help="Throw away what a stopped run of this command has left, and start anew."
+)
+
+
+def training_options(preset: str) -> Callable:
+    """How to train; an option that is not given is what the preset says."""
+    options = (
+        click.option("--preset", help=f"Settings to start from: default, deit-s, deit-b, local ({preset})."),
+        click.option("--epochs", type=int),
+        click.option("--batch-size", type=int, help="Images of one step, over all processes and passes."),
+        click.option("--accumulation", type=int, help="Passes that one step accumulates."),
+        click.option("--lr", type=float, help="Highest learning rate."),
+        click.option("--min-lr", type=float),
+        click.option("--warmup-epochs", type=float),
+        click.option("--warmup-lr", type=float),
+        click.option("--optimizer", help="One of timm's optimizers, e.g. adamw."),
+        click.option("--schedule", help="One of timm's schedules, e.g. cosine."),
+        click.option("--weight-decay", type=float),
+        click.option("--clip-grad", type=float, help="Largest norm of the gradient."),
+        click.option("--ema-decay", type=float, help="Keep a moving average of the weights, and write that."),
+        click.option("--precision", type=click.Choice(["no", "fp16", "bf16"]), help="Mixed precision."),
+        click.option(
+            "--sampling",
+            type=click.Choice(["low-rank-aware", "uniform"]),
+            help="How a step draws its ranks; low-rank-aware: in proportion to 1 / the product of the rank ratios.",
+        ),
+        click.option("--sandwich", type=int, help="Each step trains the largest, the smallest and N drawn subnets."),
+        click.option("--task-weight", type=float, help="Share of the labels in the loss beside the teacher (0 to 1)."),
+        click.option("--temperature", type=float, help="Softmax temperature of the distillation."),
+        click.option("--label-smoothing", type=float),
+        click.option("--patch-drop", type=float, help="Share of patches that a ViT leaves out while training."),
+        click.option("--augmentation", type=click.Choice(["light", "imagenet"])),
+        click.option("--seed", type=int),
+    )
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def space_options(command: Callable) -> Callable:
+    """Which ranks a search may choose."""
+    for decorator in (
+        click.option(
+            "--keep-redundant", is_flag=True, help="Keep ranks in the space that cost as much as the dense layer."
+        ),
+        click.option(
+            "--space",
+            metavar="SPACE",
+            default="multiples=8",
+            show_default=True,
+            help="Ranks to choose from: eighths, sixths, sixteenths of the full rank (deit-b, deit-s, swin are the "
+            "paper's), multiples=N, or ratios=R,R,...",
+        ),
+    ):
+        command = decorator(command)
+    return command
 
 
 def batch_size_option(default: int) -> Callable:
@@ -83,6 +149,29 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
 def split_names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Callback for an option that takes names separated by commas."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if value else ()
+
+
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+
+
+def _targets(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    from flora.errors import near_matches
+
+    targets = split_names(context, parameter, value)
+    for target in targets:
+        if target not in TARGETS:
+            raise click.BadParameter(f"{target!r} is none of {', '.join(TARGETS)}.{near_matches(target, TARGETS)}")
+    return targets or ("onnx",)
+
+
+targets_option = click.option(
+    "--to",
+    "targets",
+    callback=_targets,
+    default="onnx",
+    show_default=True,
+    help=f"What to build besides ONNX, which is always built: {', '.join(TARGETS)}.",
+)
 
 
 def set_threads(threads: int | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flora.artifact import Document, new_folder, sha256_of_file
 from flora.errors import InputError
-from flora.imagesets import ImageSetRecord
+from flora.imagesets import ImageSetRecord, Role
 from flora.lowrank.elastic import ElasticLinear
 from flora.lowrank.factorize import Factors
 from flora.lowrank.materialize import pair
@@ -46,8 +46,19 @@ class Reference(BaseModel):
     sha256: str
 
 
+class TrainingRecord(BaseModel):
+    """One training run: settings, images and teacher by name, and what was noted at the end of each epoch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: str
+    teacher: str | None
+    settings: dict[str, Any]
+    history: tuple[dict[str, Any], ...]
+
+
 class ModelConfig(Document):
-    """`config.json` of a model folder. `ranks` is empty in a dense model; `calibration` is what the factors saw."""
+    """`config.json` of a model folder. `ranks` is empty in a dense model; `image_sets` is what it has seen, by role."""
 
     kind: Literal["flora model"] = "flora model"
     model: str
@@ -56,7 +67,8 @@ class ModelConfig(Document):
     class_names: tuple[str, ...] | None = None
     ranks: dict[str, Rank] = {}
     reference: Reference | None = None
-    calibration: ImageSetRecord | None = None
+    image_sets: dict[Role, ImageSetRecord] = {}
+    training: tuple[TrainingRecord, ...] = ()
 
 
 class LayerRecord(BaseModel):
@@ -84,8 +96,9 @@ class SupernetConfig(Document):
     fixed_macs: int
     fixed_params: int
     space: SearchSpace
-    method: Literal["activation", "svd"]
-    calibration: ImageSetRecord | None = None
+    method: Literal["activation", "svd", "released"]
+    image_sets: dict[Role, ImageSetRecord] = {}
+    training: tuple[TrainingRecord, ...] = ()
     source: str
     versions: dict[str, str]
     created: str
@@ -156,11 +169,11 @@ def load_model(
     module = create_timm_model(model, args or {}, pretrained=pretrained)
     if checkpoint:
         load_weights(module, read_weights(checkpoint), origin=str(checkpoint))
-    config = ModelConfig(model=model, args=dict(args or {}), preprocessing=_preprocessing_of(module, args or {}))
+    config = ModelConfig(model=model, args=dict(args or {}), preprocessing=preprocessing_of(module, args or {}))
     return LoadedModel(module=module, config=config)
 
 
-def _preprocessing_of(module: nn.Module, args: Mapping[str, Any]) -> Preprocessing:
+def preprocessing_of(module: nn.Module, args: Mapping[str, Any]) -> Preprocessing:
     """timm's settings for the model, with the size and channels that `args` give it.
 
     A grey model gets the mean of the three channels' means and deviations.
@@ -224,7 +237,7 @@ def reference_from_path(config: ModelConfig, path: Path) -> LoadedModel:
     weights = next((file for file in inside if file.is_file()), None)
     if weights is None:
         raise InputError(f"{path} is no dense reference; give a weights file, or a model or supernet folder.")
-    dense = config.model_copy(update={"ranks": {}, "reference": None, "calibration": None})
+    dense = config.model_copy(update={"ranks": {}, "reference": None, "image_sets": {}, "training": ()})
     module = create_timm_model(dense.model, dense.args)
     load_weights(module, read_weights(weights), origin=str(weights))
     return LoadedModel(module=module, config=dense, folder=weights.parent)
@@ -247,11 +260,20 @@ def save_model(
         config.save(partial / MODEL_CONFIG)
 
 
-def save_supernet(folder: Path, supernet: nn.Module, dense_state: Mapping[str, Tensor], config: SupernetConfig) -> None:
-    """Write a supernet folder atomically."""
+def save_supernet(
+    folder: Path,
+    supernet: nn.Module,
+    dense_state: Mapping[str, Tensor],
+    config: SupernetConfig,
+    *,
+    extra: Mapping[str, Document] | None = None,
+) -> None:
+    """Write a supernet folder atomically; `extra` are documents of a step, by file name."""
     with new_folder(folder, marker=SUPERNET_CONFIG) as partial:
         save_weights(partial / SUPERNET_WEIGHTS, supernet.state_dict())
         save_weights(partial / DENSE_WEIGHTS, dense_state)
+        for name, document in (extra or {}).items():
+            document.save(partial / name)
         config.save(partial / SUPERNET_CONFIG)
 
 

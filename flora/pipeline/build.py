@@ -19,7 +19,7 @@ from flora.lowrank.supernet import Method, build_supernet, elastic_layers
 from flora.lowrank.targets import PAPER_LAYERS, find_targets, trace_cost
 from flora.provenance import now, versions
 from flora.ranks.cost import ModelCost
-from flora.ranks.space import space_from_multiples
+from flora.ranks.space import DEFAULT_SPACE, space_from_text
 from flora.training.data import TimmImages
 
 
@@ -30,6 +30,8 @@ def build(
     data: str | None = None,
     layers: Sequence[str] = PAPER_LAYERS,
     method: Method = "activation",
+    space: str = DEFAULT_SPACE,
+    keep_redundant: bool = False,
     batch_size: int = 64,
     workers: int = 0,
     on_layer: Callable[[str], None] = lambda name: None,
@@ -42,6 +44,7 @@ def build(
             f"{model.folder} is factorized already; build from the dense model, or materialize its supernet again."
         )
     cost = trace_cost(module, find_targets(module, layers), config.preprocessing.input_size)
+    search_space = space_from_text(space, cost, keep_redundant=keep_redundant)
     images = TimmImages(data, config.preprocessing, workers=workers) if data else None
     calibration = images.record() if images else None
     dense_state = module.state_dict()
@@ -60,9 +63,9 @@ def build(
         layers=_layer_records(module, cost, spectra),
         fixed_macs=cost.fixed_macs,
         fixed_params=cost.fixed_params,
-        space=space_from_multiples(cost),
+        space=search_space,
         method=method,
-        calibration=calibration,
+        image_sets={"calibration": calibration} if calibration else {},
         source=str(model.folder or config.model),
         versions=versions(),
         created=now(),

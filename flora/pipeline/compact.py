@@ -5,9 +5,10 @@ from pathlib import Path
 from flora.errors import InputError
 from flora.lowrank.checkpoint import LoadedModel, LoadedSupernet, ModelConfig
 from flora.lowrank.materialize import materialize
+from flora.ranks.budget import macs_budget
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import Rank
-from flora.ranks.uniform import macs_budget, uniform_ranks, uniform_ranks_for_macs
+from flora.ranks.uniform import uniform_ranks, uniform_ranks_for_macs
 
 
 def chosen_ranks(
@@ -45,6 +46,9 @@ def _config(supernet: LoadedSupernet, ranks: dict[str, Rank], *, origin: str, bu
 
 def compact_from_supernet(supernet: LoadedSupernet, ranks: RankConfig) -> LoadedModel:
     """Materialize `supernet` at `ranks`; the result remembers the dense model it is to be verified against."""
+    image_sets = dict(supernet.config.image_sets)
+    if ranks.selection:
+        image_sets["selection"] = ranks.selection.joined(image_sets.get("selection"))
     config = ModelConfig(
         model=supernet.config.model,
         args=supernet.config.args,
@@ -52,6 +56,7 @@ def compact_from_supernet(supernet: LoadedSupernet, ranks: RankConfig) -> Loaded
         class_names=supernet.config.class_names,
         ranks=ranks.ranks,
         reference=supernet.reference,
-        calibration=supernet.config.calibration,
+        image_sets=image_sets,
+        training=supernet.config.training,
     )
     return LoadedModel(module=materialize(supernet.module, ranks.ranks), config=config)

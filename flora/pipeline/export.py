@@ -126,7 +126,7 @@ def export_bundle(
     dense = load_reference(source.config, request.reference)
     images = open_images(request.eval_data, source.config.preprocessing)
     check_classes(images, getattr(source.module, "num_classes", None))
-    record = certified_record(images, source.config.calibration)
+    record = certified_record(images, {**source.config.image_sets})
     name = "factorized" if source.config.ranks else "dense"
     compact = _Exported(name=name, role="candidate", model=source, path="onnx/model-fp32.onnx")
     exported = [compact]
@@ -157,8 +157,7 @@ def export_bundle(
             max_drop=request.max_drop,
             verification=report,
             latency=latency,
-            image_sets={"evaluation": record}
-            | ({"calibration": source.config.calibration} if source.config.calibration else {}),
+            image_sets={"evaluation": record, **source.config.image_sets},
             versions=versions(),
             device=device_facts() | ({"threads": str(request.threads)} if request.threads else {}),
             command=list(request.command),

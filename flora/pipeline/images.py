@@ -1,5 +1,8 @@
 """Opening the images that a step judges by: without torch where they are files, through timm otherwise."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from export.images import ImageSet, LabelledImages
 from flora.errors import InputError
 from flora.imagesets import ImageSetRecord, ImageSetSpec
@@ -27,9 +30,9 @@ def check_classes(images: ImageSet, classes: int | None) -> None:
         )
 
 
-def certified_record(images: ImageSet, calibration: ImageSetRecord | None) -> ImageSetRecord:
-    """The record of evaluation images; refused when a calibration image is among them."""
+def certified_record(images: ImageSet, seen: Mapping[Any, ImageSetRecord]) -> ImageSetRecord:
+    """The record of evaluation images; refused when an image of the sets in `seen`, by role, is among them."""
     record = images.record()
-    if calibration is not None:
-        record.refuse_overlap(calibration, own_role="evaluation", other_role="calibration")
+    for role, other in seen.items():
+        record.refuse_overlap(other, own_role="evaluation", other_role=role)
     return record

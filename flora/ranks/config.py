@@ -4,11 +4,15 @@ from collections.abc import Mapping
 
 from flora.artifact import Document
 from flora.errors import InputError, few
+from flora.imagesets import ImageSetRecord
 from flora.ranks.cost import LayerShape, Rank
 
 
 class RankConfig(Document):
-    """`ranks.json`: a rank or "dense" for every target of `model`, and where the choice came from."""
+    """`ranks.json`: a rank or "dense" for every target of `model`, and where the choice came from.
+
+    `selection` is the images that it was chosen on.
+    """
 
     model: str
     ranks: dict[str, Rank]
@@ -17,6 +21,7 @@ class RankConfig(Document):
     params: int | None = None
     score: float | None = None
     origin: str | None = None
+    selection: ImageSetRecord | None = None
 
     def check(self, *, model: str, shapes: Mapping[str, LayerShape]) -> None:
         """Raise `InputError` unless this config is for `model` and gives each of `shapes` a legal rank.

@@ -14,6 +14,7 @@ GRIDS = {
     "sixths": tuple(n / 6 for n in range(1, 7)),
     "sixteenths": tuple(n / 16 for n in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16)),
 }
+DEFAULT_SPACE = "multiples=8"
 PRESETS = {"deit-b": "eighths", "deit-s": "sixths", "swin": "sixths"}
 MOST_CANDIDATES = 20_000
 
@@ -156,13 +157,18 @@ def _space(cost: ModelCost, ranks_of: Callable[[LayerShape], Iterable[int]], kee
 
 
 def blocks_of(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    """Group layer names by the transformer block they lie in: `blocks.3.attn.qkv` belongs to `blocks.3`."""
+    """Group layer names by the transformer block they lie in."""
     blocks: dict[str, list[str]] = {}
     for name in names:
-        parts = name.split(".")
-        last_index = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
-        blocks.setdefault(".".join(parts[: last_index + 1]), []).append(name)
+        blocks.setdefault(block_name(name), []).append(name)
     return tuple(tuple(block) for block in blocks.values())
+
+
+def block_name(layer: str) -> str:
+    """The transformer block that a layer lies in: `blocks.3` for `blocks.3.attn.qkv`."""
+    parts = layer.split(".")
+    last_index = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return ".".join(parts[: last_index + 1])
 
 
 def _order(rank: Rank) -> float:

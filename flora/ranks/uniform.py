@@ -3,8 +3,6 @@
 from flora.errors import InputError
 from flora.ranks.cost import ModelCost, Rank
 
-UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 
 def uniform_ranks(cost: ModelCost, ratio: float) -> dict[str, Rank]:
     """`round(ratio * full rank)` for each layer, at least one; "dense" where that is the full rank."""
@@ -29,18 +27,3 @@ def uniform_ranks_for_macs(cost: ModelCost, macs: int) -> dict[str, Rank]:
         middle = (low + high) / 2
         low, high = (middle, high) if cost.macs(uniform_ranks(cost, middle)) <= macs else (low, middle)
     return uniform_ranks(cost, low or high)
-
-
-def macs_budget(text: str, cost: ModelCost) -> int:
-    """MACs meant by `50%` (of the whole dense model, attention products included), `2.7G`, `800M` or a plain number."""
-    scale: float = UNITS.get(text[-1:].upper(), 1)
-    number = text.removesuffix("%") if text.endswith("%") else text[:-1] if scale != 1 else text
-    if text.endswith("%"):
-        scale = cost.dense_macs / 100
-    try:
-        macs = int(float(number) * scale)
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"{text!r} is no MACs budget; write a percentage (50%) or a number (2.7G, 800M).") from error
-    if macs <= 0 or (text.endswith("%") and macs > cost.dense_macs):
-        raise InputError(f"{text!r} is no MACs budget: it must lie above 0 and at most at 100%.")
-    return macs

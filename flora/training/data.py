@@ -38,10 +38,20 @@ class TimmImages:
         transform = eval_transform(self.preprocessing)
         if self._indices is None:
             self._source.transform = transform
-            dataset: Dataset = self._source
-        else:
-            dataset = Subset(_Decoded(self._source, self.preprocessing.image_mode, transform), self._indices)
-        return DataLoader(dataset, batch_size=batch_size, num_workers=self.workers)
+            return DataLoader(self._source, batch_size=batch_size, num_workers=self.workers)
+        return DataLoader(self.dataset(transform), batch_size=batch_size, num_workers=self.workers)
+
+    def dataset(self, transform: Callable[[Image.Image], Tensor]) -> Subset:
+        """The images under `transform`, read by index: pairs of image and label (-1 where there is none)."""
+        if self._indices is None:
+            raise InputError(f"{self.text}: a streamed data set cannot be trained on; use one that is read by index.")
+        return Subset(_Decoded(self._source, self.preprocessing.image_mode, transform), self._indices)
+
+    def digests(self) -> list[str] | None:
+        """The digest of every image (its file's bytes, or its pixels where no files are kept), None when streamed."""
+        if self._indices is None:
+            return None
+        return [image_digest(_content(self._source, i)) for i in self._indices]
 
     def images(self, batch_size: int) -> "ImageBatches":
         """The images alone, as an iterable that can be read several times."""
@@ -53,9 +63,8 @@ class TimmImages:
             yield images.numpy(), None if (labels < 0).any() else labels.numpy()
 
     def record(self) -> ImageSetRecord:
-        """Digest every image (its file's bytes, or its pixels where the dataset keeps no files)."""
-        digests = None if self._indices is None else [image_digest(_content(self._source, i)) for i in self._indices]
-        return ImageSetRecord.of(self.text, len(self), digests)
+        """What an artefact keeps of these images."""
+        return ImageSetRecord.of(self.text, len(self), self.digests())
 
 
 class ImageBatches:

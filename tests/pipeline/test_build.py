@@ -85,7 +85,7 @@ def test_the_recorded_cost_is_the_traced_one(built: LoadedSupernet, vit_cost: Mo
 
 
 def test_the_images_used_are_recorded(built: LoadedSupernet, image_folder: Path):
-    assert load_supernet(built.folder).config.calibration == TimmImages(str(image_folder), GREY).record()
+    assert load_supernet(built.folder).config.image_sets["calibration"] == TimmImages(str(image_folder), GREY).record()
 
 
 def test_the_spectrum_of_each_layer_is_recorded_in_descending_order(built: LoadedSupernet):
@@ -190,4 +190,4 @@ def test_a_compact_model_records_what_it_is_verified_against(built: LoadedSupern
     compact = compact_from_supernet(built, chosen_ranks(built, ratio=0.5))
     assert Path(compact.config.reference.path) == built.folder / DENSE_WEIGHTS
     assert compact.config.reference.sha256 == sha256_of_file(built.folder / DENSE_WEIGHTS)
-    assert compact.config.calibration == built.config.calibration
+    assert compact.config.image_sets == built.config.image_sets

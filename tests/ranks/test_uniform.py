@@ -7,7 +7,7 @@ import pytest
 
 from flora.errors import InputError
 from flora.ranks.cost import ModelCost
-from flora.ranks.uniform import macs_budget, uniform_ranks, uniform_ranks_for_macs
+from flora.ranks.uniform import uniform_ranks, uniform_ranks_for_macs
 from tests.samples import cost_of
 
 UNEVEN = cost_of((48, 144, 50), (48, 192, 50), (192, 48, 50), (30, 90, 13), (7, 7, 200), (3, 100, 9))
@@ -58,23 +58,3 @@ def test_a_budget_above_dense_is_dense(vit_cost: ModelCost):
 def test_a_budget_below_the_smallest_model_is_refused_with_what_is_possible(vit_cost: ModelCost):
     with pytest.raises(InputError, match=f"{vit_cost.smallest_macs / 1e6:.1f} MMACs"):
         uniform_ranks_for_macs(vit_cost, vit_cost.smallest_macs - 1)
-
-
-@pytest.mark.parametrize(
-    ("text", "macs"), [("2.7G", 2_700_000_000), ("800M", 800_000_000), ("5k", 5_000), ("1234", 1234), ("1T", 10**12)]
-)
-def test_a_number_is_read_with_its_unit(vit_cost: ModelCost, text: str, macs: int):
-    assert macs_budget(text, vit_cost) == macs
-
-
-def test_a_percentage_is_of_the_whole_dense_model(vit_cost: ModelCost):
-    assert macs_budget("50%", vit_cost) == vit_cost.dense_macs // 2
-    assert macs_budget("100%", vit_cost) == vit_cost.dense_macs
-
-
-@pytest.mark.parametrize(
-    "text", ["", "%", "G", "half", "2.7X", "2,7G", "0%", "101%", "-5%", "0", "-3M", "nan", "nan%", "inf", "50%%"]
-)
-def test_what_is_no_budget_is_refused_by_its_text(vit_cost: ModelCost, text: str):
-    with pytest.raises(InputError, match=f"^{text!r}"):
-        macs_budget(text, vit_cost)

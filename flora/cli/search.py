@@ -1,0 +1,167 @@
+"""`flora search`."""
+
+from pathlib import Path
+
+import click
+
+from flora.cli.options import (
+    IMAGES_HELP,
+    batch_size_option,
+    device_option,
+    json_option,
+    out_option,
+    restart_option,
+    set_threads,
+    threads_option,
+    torch_device,
+    workers_option,
+)
+
+
+@click.command("search")
+@click.argument("supernet", type=click.Path(path_type=Path))
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    required=True,
+    metavar="BUDGET",
+    help="macs=50% of the whole dense model, macs=2.7G, or params=12M (repeatable).",
+)
+@click.option("--select-data", metavar="IMAGES", required=True, help=f"Images to choose by: {IMAGES_HELP}.")
+@out_option("result")
+@click.option(
+    "--fitness",
+    type=click.Choice(["loss", "top1", "distance", "agreement"]),
+    default="loss",
+    show_default=True,
+    help="loss, top1: against labels; distance, agreement: against the dense model, labels not needed.",
+)
+@click.option("--population", type=int, default=50, show_default=True)
+@click.option("--parents", type=int, default=10, show_default=True, help="Best configs that a generation comes from.")
+@click.option("--mutants", type=int, default=25, show_default=True)
+@click.option("--crossovers", type=int, default=25, show_default=True)
+@click.option("--generations", type=int, default=20, show_default=True, help="After the first one.")
+@click.option("--mutation-probability", type=float, default=0.2, show_default=True, help="For each block.")
+@click.option("--window", type=float, default=0.05, show_default=True, help="Part of the budget to search below it.")
+@click.option("--halving/--no-halving", default=True, help="Stop clearly worse configs early (on by default).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@batch_size_option(250)
+@workers_option
+@device_option
+@threads_option
+@restart_option
+@json_option
+def command(
+    supernet: Path,
+    budgets: tuple[str, ...],
+    select_data: str,
+    out: Path,
+    fitness: str,
+    population: int,
+    parents: int,
+    mutants: int,
+    crossovers: int,
+    generations: int,
+    mutation_probability: float,
+    window: float,
+    halving: bool,
+    seed: int,
+    batch_size: int,
+    workers: int,
+    device: str,
+    threads: int | None,
+    restart: bool,
+    as_json: bool,
+) -> None:
+    """Find the best ranks of SUPERNET within one or several budgets, by evolution.
+
+    Writes the ranks for each budget, the Pareto set of all that was evaluated, the history and figures. Stopped, the
+    same command goes on from the last finished generation; under torchrun the candidates are spread over the
+    processes, with the same result.
+    """
+    set_threads(threads)
+    from flora.cli.output import millions, print_json, print_next, print_table, progress
+    from flora.lowrank.checkpoint import load_supernet
+    from flora.pipeline.search import SearchRequest, plan_search, search
+    from flora.ranks.evolution import SearchSettings
+    from flora.training.processes import is_main, processes
+
+    where = torch_device(device)
+    processes(where)
+    request = SearchRequest(
+        select_data=select_data,
+        budgets=budgets,
+        fitness=fitness,  # type: ignore[arg-type]
+        settings=SearchSettings(
+            population=population,
+            parents=parents,
+            mutants=mutants,
+            crossovers=crossovers,
+            generations=generations,
+            mutation_probability=mutation_probability,
+            window=window,
+            seed=seed,
+            halving=halving,
+        ),
+        device=where,
+        batch_size=batch_size,
+        workers=workers,
+        restart=restart,
+    )
+    loaded = load_supernet(supernet)
+    plan = plan_search(loaded, budgets)
+    cost = plan.cost
+    if is_main() and not as_json:
+        print_table(
+            ["subnet", "MACs", "of dense", "parameters", "of dense"],
+            [
+                [
+                    name,
+                    millions(cost.macs(ranks)),
+                    f"{cost.macs(ranks) / cost.dense_macs:.1%}",
+                    millions(cost.params(ranks)),
+                    f"{cost.params(ranks) / cost.dense_params:.1%}",
+                ]
+                for name, ranks in plan.subnets.items()
+            ],
+            title=f"Within reach, and so {'is' if len(budgets) == 1 else 'are'} {', '.join(budgets)}",
+        )
+    total = len(budgets) * (generations + 1)
+    with progress("searching", total, hidden=as_json or not is_main()) as advance:
+        outcome = search(supernet, out, request, on_generation=lambda state: advance(1))
+    if not is_main():
+        return
+    if as_json:
+        print_json(
+            {
+                "folder": str(out),
+                "image_forwards": outcome.image_forwards,
+                "budgets": {
+                    text: {
+                        "file": outcome.files[text],
+                        "macs": config.macs,
+                        "params": config.params,
+                        "score": config.score,
+                    }
+                    for text, config in outcome.configs.items()
+                },
+            }
+        )
+        return
+    print_table(
+        ["budget", "MACs", "of dense", "parameters", f"score ({fitness})", "file"],
+        [
+            [
+                text,
+                millions(config.macs),
+                f"{(config.macs or 0) / cost.dense_macs:.1%}",
+                millions(config.params),
+                f"{config.score:.5g}",
+                outcome.files[text],
+            ]
+            for text, config in outcome.configs.items()
+        ],
+    )
+    first = next(iter(outcome.files.values()))
+    print_next(f"the search {out}", f"flora materialize {supernet} --ranks {out}/{first} -o {out}-compact")

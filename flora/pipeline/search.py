@@ -1,0 +1,285 @@
+"""Searching a supernet for the best ranks within budgets: resumable, on one process or many."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from flora.artifact import Document, check_replaceable, new_folder, sha256_of_file
+from flora.errors import InputError
+from flora.imagesets import ImageSetRecord
+from flora.lowrank.checkpoint import SUPERNET_WEIGHTS, LoadedSupernet, load_supernet
+from flora.pipeline.figures import write_figures
+from flora.pipeline.filter import FILTER_REPORT, FilterReport
+from flora.ranks.allocate import Choice, allocate
+from flora.ranks.budget import Budget, check_reachable
+from flora.ranks.config import RankConfig
+from flora.ranks.cost import ModelCost, Rank
+from flora.ranks.evolution import Evaluated, SearchSettings, SearchState, best, evolve, pareto
+from flora.ranks.space import SearchSpace
+from flora.resume import WorkFolder
+from flora.training.data import TimmImages
+from flora.training.processes import is_main, processes, wait
+from flora.training.selection import Fitness, SelectionImages, SubnetScores
+
+PARETO = "pareto.json"
+HISTORY = "history.json"
+FIGURES = "figures.html"
+STARTS = 8
+
+
+class ParetoPoint(BaseModel):
+    """A config that no other one found beats in both MACs and score."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    macs: int
+    params: int
+    score: float
+    ranks: dict[str, Rank]
+
+
+class ParetoSet(Document):
+    """`pareto.json`: ascending in MACs; `score` is the mean fitness over the selection images."""
+
+    kind: Literal["flora pareto set"] = "flora pareto set"
+    model: str
+    fitness: str
+    points: tuple[ParetoPoint, ...]
+
+
+class GenerationRecord(BaseModel):
+    """One generation of one budget: the best score so far, and what has been spent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: str
+    generation: int
+    evaluated: int
+    image_forwards: int
+    best_score: float
+    best_macs: int
+
+
+class SearchHistory(Document):
+    """`history.json`: every generation, by budget."""
+
+    kind: Literal["flora search history"] = "flora search history"
+    generations: tuple[GenerationRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """What to search on and for; `budgets` as the user writes them (`macs=50%`)."""
+
+    select_data: str
+    budgets: tuple[str, ...]
+    fitness: Fitness = "loss"
+    settings: SearchSettings = field(default_factory=SearchSettings)
+    device: torch.device | None = None
+    batch_size: int = 250
+    workers: int = 0
+    restart: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOutcome:
+    """What was found for each budget, in the order of the request, and what it took."""
+
+    folder: Path
+    configs: dict[str, RankConfig]
+    files: dict[str, str]
+    pareto: ParetoSet
+    image_forwards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What can be reached, before anything is spent: smallest, middle and largest subnet, and the budgets."""
+
+    subnets: dict[str, dict[str, Rank]]
+    budgets: tuple[Budget, ...]
+    cost: ModelCost
+
+
+def plan_search(supernet: LoadedSupernet, budgets: Sequence[str]) -> Plan:
+    """Parse the budgets and refuse those that no subnet meets."""
+    space, cost = supernet.config.space, supernet.config.cost
+    parsed = tuple(Budget.parse(text, cost) for text in budgets)
+    if not parsed:
+        raise InputError("A search needs a budget, for example macs=50%.")
+    if len({budget.text for budget in parsed}) < len(parsed):
+        raise InputError(f"A budget is given twice: {', '.join(budgets)}.")
+    for budget in parsed:
+        check_reachable(budget, space, cost)
+    return Plan(
+        subnets={"smallest": space.smallest(), "middle": _middle(space, cost), "largest": space.largest()},
+        budgets=parsed,
+        cost=cost,
+    )
+
+
+def _middle(space: SearchSpace, cost: ModelCost) -> dict[str, Rank]:
+    """Of each decision the candidate of median cost."""
+    middle: dict[str, Rank] = {}
+    for names, options in space.decisions():
+        ordered = sorted(
+            options, key=lambda ranks: sum(cost.shapes[n].macs(r) for n, r in zip(names, ranks, strict=True))
+        )
+        middle.update(zip(names, ordered[len(ordered) // 2], strict=True))
+    return middle
+
+
+def search(
+    source: Path,
+    out: Path,
+    request: SearchRequest,
+    *,
+    on_generation: Callable[[SearchState], None] = lambda state: None,
+) -> SearchOutcome:
+    """Search the supernet in folder `source` and write the folder `out`; stopped, the same call goes on."""
+    check_replaceable(out, marker=PARETO)
+    supernet = load_supernet(source)
+    budgets = plan_search(supernet, request.budgets).budgets
+    processes(request.device)
+    config = supernet.config
+    source_images = TimmImages(request.select_data, config.preprocessing, workers=request.workers)
+    record = source_images.record()
+    for role in ("calibration", "training"):
+        if role in config.image_sets:
+            record.refuse_overlap(config.image_sets[role], own_role="selection", other_role=role)
+    images = SelectionImages(source_images, batch_size=request.batch_size)
+    settings = {
+        "source": sha256_of_file(Path(source) / SUPERNET_WEIGHTS),
+        "space": config.space.model_dump_json(),
+        "selection": record.digest,
+        "fitness": request.fitness,
+        "budgets": list(request.budgets),
+        **asdict(request.settings),
+    }
+    if is_main():
+        WorkFolder.open(out, settings, restart=request.restart)
+    wait()
+    work = WorkFolder.open(out, settings)
+    device = request.device or torch.device("cpu")
+    dense = supernet.load_dense().module.to(device) if request.fitness in ("agreement", "distance") else None
+    scores = SubnetScores(supernet.module.to(device), images, fitness=request.fitness, dense=dense)
+    states: list[SearchState] = []
+    generations: list[GenerationRecord] = []
+    for budget in budgets:
+        file = work.file(f"search-{_slug(budget.text)}.npz")
+
+        def note(state: SearchState, file: Path = file) -> None:
+            if is_main():
+                state.save(file)
+            wait()
+            on_generation(state)
+
+        states.append(
+            evolve(
+                config.space,
+                config.cost,
+                budget,
+                scores,
+                images=len(images),
+                settings=request.settings,
+                initial=_starts(Path(source), config.space, config.cost, budget),
+                state=SearchState.load(file) if file.is_file() else None,
+                on_generation=note,
+            )
+        )
+        generations += _history(states[-1])
+    configs = {
+        state.budget.text: _rank_config(supernet, state.budget, best(state), request, record) for state in states
+    }
+    names = {text: "ranks.json" if len(configs) == 1 else f"ranks-{_slug(text)}.json" for text in configs}
+    front = ParetoSet(
+        model=config.model,
+        fitness=request.fitness,
+        points=tuple(
+            ParetoPoint(macs=one.macs, params=one.params, score=one.score, ranks=one.ranks)
+            for one in pareto(states, "macs")
+        ),
+    )
+    if is_main():
+        with new_folder(out, marker=PARETO) as folder:
+            for text, name in names.items():
+                configs[text].save(folder / name)
+            SearchHistory(generations=tuple(generations)).save(folder / HISTORY)
+            write_figures(folder / FIGURES, configs, states, config.cost, fitness=request.fitness)
+            front.save(folder / PARETO)
+        work.remove()
+    wait()
+    return SearchOutcome(
+        folder=Path(out),
+        configs=configs,
+        files=names,
+        pareto=front,
+        image_forwards=sum(state.image_forwards for state in states),
+    )
+
+
+def _starts(source: Path, space: SearchSpace, cost: ModelCost, budget: Budget) -> list[dict[str, Rank]]:
+    """Configs to begin with, from the errors that filtering measured: the best ones if errors of blocks add up."""
+    if not (source / FILTER_REPORT).is_file():
+        return []
+    blocks = []
+    for scores in FilterReport.load(source / FILTER_REPORT).blocks:
+        shapes = [cost.shapes[name] for name in scores.layers]
+        blocks.append(
+            [
+                Choice(
+                    ranks=dict(zip(scores.layers, candidate, strict=True)),
+                    cost=sum(map(budget.layer_cost, shapes, candidate)),
+                    error=error,
+                )
+                for candidate, error in zip(scores.candidates, scores.errors, strict=True)
+                if candidate in set(scores.kept)
+            ]
+        )
+    fixed = budget.cost_of(cost, space.smallest()) - sum(min(choice.cost for choice in block) for block in blocks)
+    limits = [budget.limit - fixed - (budget.limit // 200) * i for i in range(STARTS)]
+    found = [ranks for limit in limits if (ranks := allocate(blocks, limit)) is not None]
+    return [ranks for i, ranks in enumerate(found) if ranks not in found[:i]]
+
+
+def _rank_config(
+    supernet: LoadedSupernet, budget: Budget, found: Evaluated, request: SearchRequest, record: ImageSetRecord
+) -> RankConfig:
+    return RankConfig(
+        model=supernet.config.model,
+        ranks=found.ranks,
+        budget=budget.text,
+        macs=found.macs,
+        params=found.params,
+        score=found.score,
+        origin=f"evolutionary search, fitness {request.fitness}, seed {request.settings.seed}",
+        selection=record,
+    )
+
+
+def _history(state: SearchState) -> list[GenerationRecord]:
+    records = []
+    for generation in range(state.generation + 1):
+        known = [one for one in state.evaluated if one.generation <= generation]
+        complete = [one for one in known if one.images == state.images]
+        top = max(complete, key=lambda one: one.score)
+        records.append(
+            GenerationRecord(
+                budget=state.budget.text,
+                generation=generation,
+                evaluated=len(known),
+                image_forwards=sum(one.images for one in known),
+                best_score=top.score,
+                best_macs=top.macs,
+            )
+        )
+    return records
+
+
+def _slug(text: str) -> str:
+    """A budget as part of a file name: `macs=50%` is `macs-50pct`."""
+    return text.replace("=", "-").replace("%", "pct")

@@ -1,0 +1,292 @@
+"""Training a supernet or fine-tuning a model folder, resumable, on one process or many."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from flora.artifact import check_replaceable, sha256_of_file
+from flora.errors import BackendMissingError, InputError
+from flora.imagesets import ImageSetRecord
+from flora.lowrank.checkpoint import (
+    DENSE_WEIGHTS,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    SUPERNET_CONFIG,
+    SUPERNET_WEIGHTS,
+    LoadedModel,
+    LoadedSupernet,
+    TrainingRecord,
+    is_supernet_folder,
+    load_model,
+    load_model_folder,
+    load_reference,
+    load_supernet,
+    save_model,
+    save_supernet,
+)
+from flora.lowrank.supernet import active_ranks
+from flora.lowrank.weights import read_weights
+from flora.pipeline.filter import FILTER_REPORT, FilterReport
+from flora.preprocessing import Preprocessing
+from flora.resume import WorkFolder
+from flora.training.augmentation import AugmentedImages
+from flora.training.data import TimmImages
+from flora.training.evaluate import evaluate
+from flora.training.processes import is_main, processes, spread, wait
+from flora.training.settings import TrainingSettings
+from flora.training.teacher import TeacherCache, TeacherFacts
+from flora.training.train import Teacher, Trainer
+
+# Above this many images, their digests are not recorded: an overlap with them is not looked for.
+MOST_DIGESTS = 100_000
+STATE = "state.pt"
+CPU = torch.device("cpu")
+EVERY_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What to train on and how.
+
+    `teacher` is "dense" (the dense model of the folder), "none", a model folder or a timm name with
+    `teacher_checkpoint`. With `teacher_cache` its answers are kept there. `select_data` are images on which the
+    smallest and the largest subnet are evaluated after each epoch.
+    """
+
+    data: str
+    settings: TrainingSettings
+    teacher: str = "dense"
+    teacher_checkpoint: Path | None = None
+    teacher_cache: Path | None = None
+    top_k: int = 100
+    select_data: str | None = None
+    tensorboard: Path | None = None
+    device: torch.device = CPU
+    workers: int = 0
+    restart: bool = False
+
+
+class OnStep(Protocol):
+    def __call__(self, step: int, steps: int, loss: float) -> None: ...
+
+
+def train(
+    source: Path,
+    out: Path,
+    request: TrainRequest,
+    *,
+    on_step: OnStep = lambda step, steps, loss: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda figures: None,
+) -> LoadedSupernet | LoadedModel:
+    """Train the supernet or model in folder `source` and write the folder `out`; stopped, the same call goes on."""
+    is_supernet = is_supernet_folder(source)
+    check_replaceable(out, marker=SUPERNET_CONFIG if is_supernet else MODEL_CONFIG)
+    if Path(out).absolute() == Path(source).absolute():
+        raise InputError(f"{out} is what is trained; give another folder with --out.")
+    loaded: LoadedSupernet | LoadedModel = load_supernet(source) if is_supernet else load_model_folder(source)
+    processes(request.device)
+    preprocessing = loaded.config.preprocessing
+    images = TimmImages(request.data, preprocessing, workers=request.workers)
+    record = _record(images)
+    selection = TimmImages(request.select_data, preprocessing) if request.select_data else None
+    if selection is not None:
+        record.refuse_overlap(selection.record(), own_role="training", other_role="selection")
+    teacher = _load_teacher(loaded, request)
+    weights = Path(source) / (SUPERNET_WEIGHTS if is_supernet else MODEL_WEIGHTS)
+    settings = {
+        "source": sha256_of_file(weights),
+        "space": loaded.config.space.model_dump_json() if isinstance(loaded, LoadedSupernet) else None,
+        "data": request.data,
+        "images": record.digest,
+        "teacher": _digest_of(teacher) if teacher else None,
+        **request.settings.model_dump(),
+    }
+    if is_main():
+        WorkFolder.open(out, settings, restart=request.restart)
+    wait()
+    work = WorkFolder.open(out, settings)
+    accelerator = Accelerator(cpu=request.device.type == "cpu", mixed_precision=request.settings.precision)
+    trainer = Trainer(
+        loaded.module,
+        AugmentedImages(images, request.settings.augmentation, seed=request.settings.seed),
+        request.settings,
+        accelerator=accelerator,
+        state_file=work.file(STATE),
+        space=loaded.config.space if isinstance(loaded, LoadedSupernet) else None,
+        cost=loaded.config.cost if isinstance(loaded, LoadedSupernet) else None,
+        teacher=_teacher(teacher, images, request, loaded) if teacher else None,
+        workers=request.workers,
+    )
+    board = _board(request.tensorboard)
+    steps = trainer.steps_per_epoch * request.settings.epochs
+
+    def note_step(step: int, loss: float) -> None:
+        on_step(step=step, steps=steps, loss=loss)
+        if board and step % EVERY_STEPS == 0:
+            board.add_scalar("train/loss", loss, step)
+            board.add_scalar("train/learning_rate", trainer.optimizer.param_groups[0]["lr"], step)
+
+    def note_epoch(module: nn.Module) -> dict[str, Any]:
+        figures = _accuracies(loaded, module, selection) if selection is not None else {}
+        on_epoch({"epoch": len(trainer.progress.history) + 1, **figures})
+        if board:
+            for name, value in figures.items():
+                board.add_scalar(f"selection/{name}", value, trainer.progress.step)
+        return figures
+
+    module = trainer.run(on_step=note_step, at_epoch_end=note_epoch).cpu()
+    if board:
+        board.close()
+    trained = TrainingRecord(
+        images=request.data,
+        teacher=None if request.teacher == "none" else request.teacher,
+        settings=request.settings.model_dump(mode="json"),
+        history=tuple(trainer.progress.history),
+    )
+    if is_main():
+        _save(loaded, module, Path(source), out, record, trained)
+        work.remove()
+    wait()
+    return load_supernet(out) if is_supernet else load_model_folder(out)
+
+
+def _record(images: TimmImages) -> ImageSetRecord:
+    if len(images) > MOST_DIGESTS:
+        return ImageSetRecord.of(images.text, len(images), None)
+    return images.record()
+
+
+def _load_teacher(loaded: LoadedSupernet | LoadedModel, request: TrainRequest) -> LoadedModel | None:
+    if request.teacher == "none":
+        if request.teacher_cache or request.teacher_checkpoint:
+            raise InputError("--teacher none learns from the labels alone; leave out the other teacher options.")
+        return None
+    if request.teacher == "dense":
+        if request.teacher_checkpoint:
+            raise InputError("--teacher-checkpoint belongs to a timm name: --teacher NAME.")
+        teacher = loaded.load_dense() if isinstance(loaded, LoadedSupernet) else _dense_of(loaded)
+    else:
+        teacher = load_model(
+            request.teacher,
+            args={"num_classes": loaded.module.num_classes} if request.teacher_checkpoint else None,
+            checkpoint=request.teacher_checkpoint,
+        )
+    given, wanted = teacher.module.num_classes, loaded.module.num_classes
+    if given != wanted:
+        raise InputError(
+            f"The teacher {request.teacher} has {given} classes, the student {wanted}; "
+            "give a teacher that was trained for the same classes."
+        )
+    if teacher.config.preprocessing.input_size != loaded.config.preprocessing.input_size:
+        raise InputError(
+            f"The teacher takes images of {teacher.config.preprocessing.input_size}, the student of "
+            f"{loaded.config.preprocessing.input_size} (channels, height, width); give one with the same input."
+        )
+    return teacher
+
+
+def _dense_of(loaded: LoadedModel) -> LoadedModel:
+    if not loaded.config.ranks:
+        assert loaded.folder is not None
+        return load_model_folder(loaded.folder)
+    dense = load_reference(loaded.config)
+    if dense is None:
+        raise InputError(
+            "The dense model that this one came from was not found; name a teacher with --teacher FOLDER, "
+            "or learn from the labels alone with --teacher none."
+        )
+    return dense
+
+
+def _teacher(teacher: LoadedModel, images: TimmImages, request: TrainRequest, student: LoadedSupernet | LoadedModel):
+    # timm's task converts images between the normalizations that the two modules name.
+    for loaded in (teacher, student):
+        settings: Preprocessing = loaded.config.preprocessing
+        module: Any = loaded.module
+        module.pretrained_cfg = {**module.pretrained_cfg, "mean": settings.mean, "std": settings.std}
+    if request.teacher_cache is None:
+        return Teacher(module=teacher.module)
+    if teacher.config.preprocessing != student.config.preprocessing:
+        raise InputError(
+            "A teacher whose answers are kept must see the same images: its normalization is another than the "
+            "student's. Leave out --teacher-cache."
+        )
+    digests = images.digests()
+    assert digests is not None
+    classes = cast(int, teacher.module.num_classes)
+    facts = TeacherFacts(
+        teacher_sha256=_digest_of(teacher),
+        classes=classes,
+        top_k=min(request.top_k, classes),
+        transform=f"{request.settings.augmentation.model_dump_json()} {student.config.preprocessing.model_dump_json()}",
+    )
+    if is_main():
+        TeacherCache(request.teacher_cache, facts)
+    wait()
+    return Teacher(
+        module=teacher.module.to(request.device),
+        cache=TeacherCache(request.teacher_cache, facts),
+        image_keys=tuple(int(digest, 16) for digest in digests),
+    )
+
+
+def _digest_of(teacher: LoadedModel) -> str:
+    """A digest of the teacher's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _accuracies(loaded: LoadedSupernet | LoadedModel, module: nn.Module, images: TimmImages) -> dict[str, float]:
+    """Top-1 in percent of the smallest and the largest subnet, or of the model."""
+    if isinstance(loaded, LoadedModel):
+        return {"top1": round(evaluate(module, images.loader(250)).top1, 3)}
+    space = loaded.config.space
+
+    def top1(name: str) -> float:
+        with active_ranks(module, getattr(space, name)()):
+            return round(evaluate(module, images.loader(250)).top1, 3)
+
+    names = ["smallest", "largest"]
+    return {f"top1_{name}": value for name, value in zip(names, spread(names, top1), strict=True)}
+
+
+def _board(folder: Path | None):
+    """TensorBoard's writer in the writing process; None without a folder."""
+    if folder is None or not is_main():
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BackendMissingError(f"--tensorboard needs the package tensorboard: {error}") from error
+    return SummaryWriter(str(folder))
+
+
+def _save(
+    loaded: LoadedSupernet | LoadedModel,
+    module: nn.Module,
+    source: Path,
+    out: Path,
+    record: ImageSetRecord,
+    trained: TrainingRecord,
+) -> None:
+    config = loaded.config
+    update = {
+        "image_sets": {**config.image_sets, "training": record.joined(config.image_sets.get("training"))},
+        "training": (*config.training, trained),
+    }
+    if isinstance(loaded, LoadedSupernet):
+        dense = read_weights(source / DENSE_WEIGHTS)
+        report = source / FILTER_REPORT
+        extra = {FILTER_REPORT: FilterReport.load(report)} if report.is_file() else {}
+        save_supernet(out, module, dense, loaded.config.model_copy(update=update), extra=extra)
+    else:
+        save_model(out, module, loaded.config.model_copy(update=update))

@@ -1,0 +1,38 @@
+"""One process or many, the same code: who writes, and how independent work is spread (through Accelerate).
+
+Under `torchrun --no-python ... flora ...` each process takes every n-th item and all of them get all results, in the
+order of the items. Items are computed whole by one process, so that results do not depend on how many there are.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def processes(device: torch.device | None = None) -> PartialState:
+    """The processes that run this command; `device` matters in the first call only."""
+    return PartialState(cpu=device is None or device.type == "cpu")
+
+
+def spread(items: Sequence[Item], compute: Callable[[Item], Result]) -> list[Result]:
+    """`compute` of every item, in the order of `items`, each by one of the processes; results must be picklable."""
+    state = processes()
+    mine = [(i, compute(items[i])) for i in range(state.process_index, len(items), state.num_processes)]
+    everyone = gather_object(mine) if state.num_processes > 1 else mine
+    return [result for _, result in sorted(everyone, key=lambda pair: pair[0])]
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return processes().is_main_process
+
+
+def wait() -> None:
+    """Return when every process has come here."""
+    processes().wait_for_everyone()
