@@ -1,8 +1,8 @@
 """Train the dense models of the benchmark `paper_road`, from scratch, on images that lie in memory.
 
-    python benchmarks/paper_road/dense.py fashion7
-    python benchmarks/paper_road/dense.py cifar --cifar cifar10-train.tar
-    python benchmarks/paper_road/dense.py swin
+    python benchmarks/road/dense.py fashion7
+    python benchmarks/road/dense.py cifar --cifar cifar10-train.tar
+    python benchmarks/road/dense.py swin
 
 Every sixth image of Fashion-MNIST and every tenth of CIFAR-10 is held out: searches select on some of them and rescore
 on others. The ViTs see a share of their patches in most epochs (timm's `patch_drop_rate`), which costs as much less.

@@ -1,0 +1,181 @@
+"""The arms of the benchmark `paper_road`: each trains or evaluates one thing and returns what is to be kept of it.
+
+What an arm makes on the way (supernets, teacher's answers) lies under `runs/road` and is made again where it is gone.
+A result holds one bit for each test image, right or wrong, so that any two arms can be compared image by image.
+"""
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from road.models import DENSE, LAYERS, SPACE, RoadModel
+from torch import nn
+
+from flora.lowrank.checkpoint import (
+    LoadedModel,
+    LoadedSupernet,
+    is_supernet_folder,
+    load_model_folder,
+    load_supernet,
+    save_model,
+)
+from flora.lowrank.targets import find_targets, trace_cost
+from flora.pipeline.build import build
+from flora.pipeline.compact import chosen_ranks, compact_from_supernet
+from flora.pipeline.filter import FilterRequest, filter_space
+from flora.pipeline.search import SearchRequest, search
+from flora.pipeline.train import TrainRequest, train
+from flora.ranks.config import RankConfig
+from flora.ranks.evolution import SearchSettings
+from flora.training.data import TimmImages
+from flora.training.evaluate import logits_of
+
+CALIBRATION_IMAGES = 512
+FILTER_IMAGES = 256
+SEARCH = SearchSettings.of_size(32, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What an arm of the road does: the road itself, or without one of its parts."""
+
+    method: str = "activation"
+    filtered: bool = True
+    sampling: str = "low-rank-aware"
+    teacher: str = "dense"
+
+
+ROAD = Variant()
+ABLATIONS = {
+    "no-filter": Variant(filtered=False),
+    "uniform-sampling": Variant(sampling="uniform"),
+    "svd-start": Variant(method="svd"),
+    "no-distillation": Variant(teacher="none"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """Where the arms of one model and seed keep what they make on the way."""
+
+    model: RoadModel
+    seed: int
+    runs: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / f"{self.model.name}-{self.seed}"
+
+    @property
+    def dense(self) -> Path:
+        return DENSE / self.model.name
+
+    def supernet(self, method: str) -> Path:
+        """The untrained supernet; both seeds and arms share it."""
+        folder = self.runs / f"{self.model.name}-{method}"
+        if not is_supernet_folder(folder):
+            calibration = f"{self.model.train},limit={CALIBRATION_IMAGES}" if method == "activation" else None
+            build(load_model_folder(self.dense), folder, data=calibration, layers=LAYERS, method=method, space=SPACE)
+        return folder
+
+    def filtered(self, method: str) -> Path:
+        folder = self.runs / f"{self.model.name}-{method}-filtered"
+        if not is_supernet_folder(folder):
+            request = FilterRequest(select_data=f"{self.model.select},limit={FILTER_IMAGES}")
+            filter_space(self.supernet(method), folder, request)
+        return folder
+
+    def trained(self, variant: Variant) -> Path:
+        source = self.filtered(variant.method) if variant.filtered else self.supernet(variant.method)
+        name = "-".join([source.name, variant.sampling, variant.teacher])
+        folder = self.folder / name
+        if not is_supernet_folder(folder):
+            settings = self.model.training.model_copy(update={"sampling": variant.sampling, "seed": self.seed})
+            train(source, folder, self.request(settings, variant.teacher))
+        return folder
+
+    def request(self, settings, teacher: str = "dense") -> TrainRequest:
+        """Training as every arm does it; the dense teacher's answers are kept for the other arms of the seed."""
+        cache = self.folder / "teacher" if teacher == "dense" else None
+        return TrainRequest(data=self.model.train, settings=settings, teacher=teacher, teacher_cache=cache)
+
+    @property
+    def settings(self):
+        return self.model.training.model_copy(update={"seed": self.seed})
+
+
+def dense_arm(shop: Workshop) -> dict[str, Any]:
+    """The dense model as it was trained."""
+    dense = load_model_folder(shop.dense)
+    return evaluated(dense.module, dense, shop.model)
+
+
+def yardstick_arm(shop: Workshop) -> dict[str, Any]:
+    """The dense model continued for the same epochs with the same distillation."""
+    out = shop.folder / "yardstick"
+    continued = train(shop.dense, out, shop.request(shop.settings))
+    return evaluated(continued.module, continued, shop.model)
+
+
+def road_arm(shop: Workshop, variant: Variant, budgets: tuple[int, ...], keep: Path | None = None) -> dict[str, Any]:
+    """Filter, train, search; each budget's subnet on the test images. `keep` is where its compact model is kept."""
+    trained = shop.trained(variant)
+    found = shop.folder / f"{trained.name}-search"
+    outcome = search(
+        trained,
+        found,
+        SearchRequest(
+            select_data=shop.model.select,
+            budgets=tuple(f"macs={budget}%" for budget in budgets),
+            settings=SearchSettings.of_size(SEARCH.population, SEARCH.generations, seed=shop.seed),
+        ),
+    )
+    supernet = load_supernet(trained)
+    results = {}
+    for budget in budgets:
+        ranks = outcome.configs[f"macs={budget}%"]
+        compact = compact_from_supernet(supernet, ranks)
+        results[str(budget)] = evaluated(compact.module, compact, shop.model) | {"ranks": ranks.ranks}
+        if keep is not None:
+            config = compact.config.model_copy(update={"reference": None, "image_sets": {}, "training": ()})
+            save_model(keep / f"{shop.model.name}-{budget}", compact.module, config, dtype=torch.float16)
+    return {"image_forwards": outcome.image_forwards, "budgets": results}
+
+
+def uniform_arm(shop: Workshop, method: str, budget: int) -> dict[str, Any]:
+    """Uniform ranks for the budget, fine-tuned for the same epochs with the same distillation."""
+    supernet = load_supernet(shop.supernet(method))
+    start = compact_from_supernet(supernet, chosen_ranks(supernet, macs=f"{budget}%"))
+    before = evaluated(start.module, start, shop.model)
+    folder = shop.folder / f"uniform-{method}-{budget}"
+    save_model(folder / "start", start.module, start.config)
+    tuned = train(folder / "start", folder / "tuned", shop.request(shop.settings))
+    return evaluated(tuned.module, tuned, shop.model) | {"top1_untrained": before["top1"]}
+
+
+def evaluated(module: nn.Module, loaded: LoadedModel | LoadedSupernet, model: RoadModel) -> dict[str, Any]:
+    """MACs, top-1 in percent, and which test images are right, as packed bits in base64."""
+    settings = loaded.config.preprocessing
+    logits, labels = logits_of(module, TimmImages(model.test, settings).loader(250))
+    right = (logits.argmax(1) == labels).numpy()
+    cost = trace_cost(module, find_targets(module, ["head"]), settings.input_size)
+    return {
+        "macs": cost.dense_macs,
+        "top1": 100 * float(right.mean()),
+        "right": base64.b64encode(np.packbits(right)).decode(),
+        "images": len(right),
+    }
+
+
+def right_of(result: dict[str, Any]) -> np.ndarray:
+    """Which test images are right, [images] bool."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(result["right"]), np.uint8))
+    return bits[: result["images"]].astype(bool)
+
+
+def ranks_of(result: dict[str, Any], model: str) -> RankConfig:
+    """The rank config that an arm has found."""
+    return RankConfig(model=model, ranks=result["ranks"])

@@ -1,0 +1,72 @@
+"""Inheritance: how many steps a fixed choice of ranks needs to come back to the yardstick, from either start."""
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from road.arms import Workshop
+from torch import nn
+
+from flora.lowrank.checkpoint import load_supernet
+from flora.pipeline.compact import chosen_ranks, compact_from_supernet
+from flora.training.augmentation import AugmentedImages
+from flora.training.data import TimmImages
+from flora.training.selection import SelectionImages
+from flora.training.train import Teacher, Trainer
+
+EVERY_STEPS = 200
+POINTS = 0.3
+HITS = 3
+MOST_EPOCHS = 8
+
+
+class _Enough(Exception):
+    """The yardstick was reached often enough in a row."""
+
+
+def inheritance_arm(shop: Workshop, method: str, budget: int, yardstick: nn.Module) -> dict[str, Any]:
+    """Fine-tune uniform ranks for `budget` from the start `method`; selection top-1 every 200 steps.
+
+    `steps` is the first of three hits in a row within 0.3 points of the yardstick, or the last step without them.
+    """
+    supernet = load_supernet(shop.supernet(method))
+    start = compact_from_supernet(supernet, chosen_ranks(supernet, macs=f"{budget}%"))
+    preprocessing = start.config.preprocessing
+    selection = SelectionImages(TimmImages(shop.model.select, preprocessing))
+    target = _top1(yardstick, selection) - POINTS
+    settings = shop.settings.model_copy(update={"epochs": MOST_EPOCHS})
+    curve = [(0, _top1(start.module, selection))]
+
+    def note(step: int, loss: float) -> None:
+        if step % EVERY_STEPS:
+            return
+        curve.append((step, _top1(trainer.trained(), selection)))
+        trainer.model.train()
+        if len(curve) > HITS and all(top1 >= target for _, top1 in curve[-HITS:]):
+            raise _Enough
+
+    trainer = Trainer(
+        start.module,
+        AugmentedImages(TimmImages(shop.model.train, preprocessing), settings.augmentation, seed=settings.seed),
+        settings,
+        accelerator=Accelerator(cpu=True),
+        state_file=shop.folder / f"inheritance-{method}-{budget}.pt",
+        teacher=Teacher(module=supernet.load_dense().module),
+    )
+    try:
+        trainer.run(on_step=note)
+        steps, censored = trainer.progress.step, True
+    except _Enough:
+        steps, censored = curve[-HITS][0], False
+    trainer.state_file.unlink(missing_ok=True)
+    return {"steps": steps, "censored": censored, "target": target, "curve": curve}
+
+
+@torch.inference_mode()
+def _top1(model: nn.Module, images: SelectionImages) -> float:
+    model.eval()
+    right = [(model(batch).argmax(1) == labels).float() for batch, labels in images.batches()]
+    top1 = 100 * torch.cat(right).mean().item()
+    assert math.isfinite(top1)
+    return top1
