@@ -67,7 +67,8 @@ def arms(models: dict[str, RoadModel], runs: Path) -> Iterator[tuple[str, Callab
                 f"inheritance-{seed}-{method}",
                 lambda shop=shop, m=method: inheritance_arm(shop, m, INHERITANCE[1], _yardstick(shop)),
             )
-        yield f"search-cost-{seed}", lambda shop=shop: search_cost_arm(shop, SEARCHED[1])
+    shop = Workshop(model=models[SEARCHED[0]], seed=0, runs=runs)
+    yield "search-cost-0", lambda: search_cost_arm(shop, SEARCHED[1])
     yield "step-cost", step_cost_arm
 
 

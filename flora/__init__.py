@@ -7,15 +7,25 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "CompressRequest": "flora.pipeline.compress",
+    "ExportRequest": "flora.pipeline.export",
+    "FilterRequest": "flora.pipeline.filter",
     "RankConfig": "flora.ranks.config",
+    "SearchRequest": "flora.pipeline.search",
     "SearchSpace": "flora.ranks.space",
+    "TrainRequest": "flora.pipeline.train",
     "build": "flora.pipeline.build",
+    "compress": "flora.pipeline.compress",
     "evaluate": "flora.training.evaluate",
     "export_bundle": "flora.pipeline.export",
+    "filter_space": "flora.pipeline.filter",
     "load_model": "flora.lowrank.checkpoint",
     "load_supernet": "flora.lowrank.checkpoint",
     "materialize": "flora.lowrank.materialize",
     "save_model": "flora.lowrank.checkpoint",
+    "search": "flora.pipeline.search",
+    "train": "flora.pipeline.train",
+    "training_settings": "flora.training.settings",
     "verify_bundle": "flora.pipeline.verify",
 }
 __all__ = list(_PUBLIC)

@@ -35,7 +35,7 @@ from flora.training.evaluate import logits_of
 
 CALIBRATION_IMAGES = 512
 FILTER_IMAGES = 256
-SEARCH = SearchSettings.of_size(32, 8)
+SEARCH = SearchSettings.of_size(24, 6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def _headline(model: RoadModel, results: Mapping[str, Any], rows: list[Row], bar
                 model.name,
                 f"{budget} %",
                 f"{top1:.2f}",
-                f"{-high:+.2f} to {-low:+.2f}",
+                _points(low, high),
                 f"{-drop:+.2f} yardstick",
             ]
         )
@@ -94,7 +94,7 @@ def _ablations(model: RoadModel, results: Mapping[str, Any], rows: list[Row], ba
                     model.name,
                     f"{budget} %",
                     f"{top1:.2f}",
-                    f"{-high:+.2f} to {-low:+.2f}",
+                    _points(low, high),
                     f"{-drop:+.2f} road",
                 ]
             )
@@ -144,6 +144,11 @@ def _step_cost(results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -> 
         bars.append(at_most("supernet step over a dense one, memory", cost["memory_ratio"], 1.3))
 
 
+def _points(low: float, high: float) -> str:
+    """A loss between `low` and `high` points, as a change."""
+    return f"{-high:+.2f} to {-low:+.2f}"
+
+
 def _difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
     """Mean top-1 of the first less that of the second in points, with a 95 % bootstrap interval over images."""
     differences = np.stack([a.astype(float) - b for a, b in pairs]).mean(0)
@@ -154,9 +159,7 @@ def _difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, 
 
 def _saved(seeds: Sequence[tuple[list[Any], list[Any]]]) -> tuple[float, float, float]:
     """MACs saved at equal accuracy, averaged over budgets and seeds, with a 95 % bootstrap interval over images."""
-    macs = [
-        (np.array([one["macs"] for one in road]), np.array([one["macs"] for one in uniform])) for road, uniform in seeds
-    ]
+    macs = [tuple(np.array([one["macs"] for one in part]) for part in pair) for pair in seeds]
     right = [(np.stack([right_of(one) for one in r]), np.stack([right_of(one) for one in u])) for r, u in seeds]
 
     def saved(images: np.ndarray | slice) -> float:

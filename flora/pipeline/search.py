@@ -186,7 +186,7 @@ def search(
                 scores,
                 images=len(images),
                 settings=request.settings,
-                initial=_starts(Path(source), config.space, config.cost, budget),
+                initial=starting_configs(Path(source), config.space, config.cost, budget),
                 state=SearchState.load(file) if file.is_file() else None,
                 on_generation=note,
             )
@@ -222,13 +222,13 @@ def search(
     )
 
 
-def _starts(source: Path, space: SearchSpace, cost: ModelCost, budget: Budget) -> list[dict[str, Rank]]:
+def starting_configs(source: Path, space: SearchSpace, cost: ModelCost, budget: Budget) -> list[dict[str, Rank]]:
     """Configs to begin with, from the errors that filtering measured: the best ones if errors of blocks add up."""
     if not (source / FILTER_REPORT).is_file():
         return []
     blocks = []
     for scores in FilterReport.load(source / FILTER_REPORT).blocks:
-        shapes = [cost.shapes[name] for name in scores.layers]
+        shapes, kept = [cost.shapes[name] for name in scores.layers], set(scores.kept)
         blocks.append(
             [
                 Choice(
@@ -237,7 +237,7 @@ def _starts(source: Path, space: SearchSpace, cost: ModelCost, budget: Budget) -
                     error=error,
                 )
                 for candidate, error in zip(scores.candidates, scores.errors, strict=True)
-                if candidate in set(scores.kept)
+                if candidate in kept
             ]
         )
     fixed = budget.cost_of(cost, space.smallest()) - sum(min(choice.cost for choice in block) for block in blocks)
