@@ -42,7 +42,7 @@ def road_models(fashion: Path, cifar_train: Path | None, cifar_test: Path | None
     }
     models = {
         "fashion7": RoadModel(
-            name="fashion7", budgets=(20, 15, 10), headline=15, seeds=3, training=_training(epochs=3), **images
+            name="fashion7", budgets=(20, 15, 10), headline=15, seeds=3, training=_training(epochs=4), **images
         ),
         "swin": RoadModel(name="swin", budgets=(58,), headline=58, seeds=1, training=_training(epochs=1), **images),
     }

@@ -88,7 +88,7 @@ def command(
     """Compress a trained MODEL to a budget, and ship it with proof.
 
     Builds a supernet, filters its candidates, trains it, searches it, materializes the ranks found, exports and
-    verifies. What the steps make stays in OUT.steps; stopped, the same command goes on. Exit code 3 when a gate fails.
+    verifies. What the steps make stays in OUT.work; stopped, the same command goes on. Exit code 3 when a gate fails.
     """
     set_threads(threads)
     from flora.cli.output import print_json, print_next, status
@@ -135,6 +135,6 @@ def command(
         print_stages(report)
         print_artifacts(manifest)
         print_verdict(manifest)
-        print_next(f"the bundle {out} (its steps lie in {out}.steps)", f"flora verify {out} --data {eval_data}")
+        print_next(f"the bundle {out} (its steps lie in {out}.work)", f"flora verify {out} --data {eval_data}")
     if not report.passed:
         raise GateFailedError(f"The gate failed at {report.first_failure}: the bundle is kept and labelled, see above.")

@@ -1,11 +1,11 @@
 """From a trained model and a budget to a verified bundle: the paper's road as one resumable chain.
 
-What the steps make lies in `OUT.steps` and stays there: the trained supernet holds every other budget, too. A step
+What the steps make lies in `OUT.work` and stays there: the trained supernet holds every other budget, too. A step
 whose folder is complete is not done again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from flora.pipeline.build import build
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.pipeline.export import ExportRequest, export_bundle
 from flora.pipeline.filter import FilterRequest, filter_space
-from flora.pipeline.search import PARETO, SearchRequest, search
+from flora.pipeline.search import PARETO, SearchRequest, budget_slug, search
 from flora.pipeline.train import TrainRequest, train
 from flora.ranks.budget import Budget, check_reachable
 from flora.ranks.evolution import SearchSettings
@@ -89,7 +89,6 @@ def compress(
     calibration, selection, training = request.image_sets
     processes(request.device)
     _refuse_early(model, request, (calibration, selection, training))
-    steps = Path(out).absolute().with_name(f"{Path(out).name}.steps")
     settings: dict[str, Any] = {
         "model": str(model.folder or model.config.model),
         "images": [calibration, selection, training],
@@ -98,13 +97,16 @@ def compress(
         "share": request.share,
         "training": request.settings.model_dump(),
         "teacher": request.teacher,
+        "fitness": request.fitness,
+        "search": asdict(request.search),
     }
     if is_main():
-        WorkFolder.open(steps / "job", settings, restart=request.restart)
+        WorkFolder.open(out, settings, restart=request.restart)
     wait()
+    work = WorkFolder.open(out, settings)
     device = request.device or torch.device("cpu")
-    supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
-    found, compact = (steps / f"{name}-{request.budget.replace('%', 'pct')}" for name in ("search", "compact"))
+    supernet, filtered, trained = map(work.file, ("supernet", "filtered", "trained"))
+    found, compact = (work.file(f"{name}-{budget_slug(request.budget)}") for name in ("search", "compact"))
     if is_main() and not (supernet / SUPERNET_CONFIG).is_file():
         on_step("factorizing")
         model.module.to(device)

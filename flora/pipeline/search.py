@@ -170,7 +170,7 @@ def search(
     states: list[SearchState] = []
     generations: list[GenerationRecord] = []
     for budget in budgets:
-        file = work.file(f"search-{_slug(budget.text)}.npz")
+        file = work.file(f"search-{budget_slug(budget.text)}.npz")
 
         def note(state: SearchState, file: Path = file) -> None:
             if is_main():
@@ -195,7 +195,7 @@ def search(
     configs = {
         state.budget.text: _rank_config(supernet, state.budget, best(state), request, record) for state in states
     }
-    names = {text: "ranks.json" if len(configs) == 1 else f"ranks-{_slug(text)}.json" for text in configs}
+    names = {text: "ranks.json" if len(configs) == 1 else f"ranks-{budget_slug(text)}.json" for text in configs}
     front = ParetoSet(
         model=config.model,
         fitness=request.fitness,
@@ -280,6 +280,6 @@ def _history(state: SearchState) -> list[GenerationRecord]:
     return records
 
 
-def _slug(text: str) -> str:
+def budget_slug(text: str) -> str:
     """A budget as part of a file name: `macs=50%` is `macs-50pct`."""
     return text.replace("=", "-").replace("%", "pct")
