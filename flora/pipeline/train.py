@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from flora.artifact import check_replaceable, sha256_of_file
@@ -38,7 +37,7 @@ from flora.resume import WorkFolder
 from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
 from flora.training.evaluate import evaluate
-from flora.training.processes import is_main, processes, spread, wait
+from flora.training.processes import accelerator, is_main, spread, wait
 from flora.training.settings import TrainingSettings
 from flora.training.teacher import TeacherCache, TeacherFacts
 from flora.training.train import Teacher, Trainer
@@ -90,7 +89,7 @@ def train(
     if Path(out).absolute() == Path(source).absolute():
         raise InputError(f"{out} is what is trained; give another folder with --out.")
     loaded: LoadedSupernet | LoadedModel = load_supernet(source) if is_supernet else load_model_folder(source)
-    processes(request.device)
+    together = accelerator(request.device, request.settings.precision)
     preprocessing = loaded.config.preprocessing
     images = TimmImages(request.data, preprocessing, workers=request.workers)
     record = _record(images)
@@ -111,12 +110,11 @@ def train(
         WorkFolder.open(out, settings, restart=request.restart)
     wait()
     work = WorkFolder.open(out, settings)
-    accelerator = Accelerator(cpu=request.device.type == "cpu", mixed_precision=request.settings.precision)
     trainer = Trainer(
         loaded.module,
         AugmentedImages(images, request.settings.augmentation, seed=request.settings.seed),
         request.settings,
-        accelerator=accelerator,
+        accelerator=together,
         state_file=work.file(STATE),
         space=loaded.config.space if isinstance(loaded, LoadedSupernet) else None,
         cost=loaded.config.cost if isinstance(loaded, LoadedSupernet) else None,

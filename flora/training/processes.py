@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
+
+from flora.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,6 +21,14 @@ Result = TypeVar("Result")
 def processes(device: torch.device | None = None) -> PartialState:
     """The processes that run this command; `device` matters in the first call only."""
     return PartialState(cpu=device is None or device.type == "cpu")
+
+
+def accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Accelerate's `Accelerator` for one training run; the precision may differ from that of an earlier run."""
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("fp16 needs a GPU, for it scales the loss there; on a CPU use --precision no, or bf16.")
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
 def spread(items: Sequence[Item], compute: Callable[[Item], Result]) -> list[Result]:
