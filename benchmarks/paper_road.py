@@ -47,7 +47,7 @@ def arms(models: dict[str, RoadModel], runs: Path) -> Iterator[tuple[str, Callab
                 f"{name}-road",
                 lambda shop=shop, keep=keep: road_arm(shop, ROAD, shop.model.budgets, keep),
             )
-            if model.name != "swin":
+            if model.is_compared:
                 for budget in model.budgets:
                     for method in ("svd", "activation"):
                         yield (

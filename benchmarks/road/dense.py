@@ -21,6 +21,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import Mixup, create_dataset
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -95,6 +96,23 @@ DENSE_MODELS = {
         padding=4,
         mix_prob=0.3,
     ),
+    "cifar-hybrid": DenseModel(
+        model="tiny_vit_5m_224",
+        args={
+            "img_size": 64,
+            "num_classes": 10,
+            "embed_dims": (32, 64, 96, 128),
+            "depths": (1, 2, 4, 2),
+            "num_heads": (1, 2, 3, 4),
+            "window_sizes": (8, 8, 4, 2),
+        },
+        preprocessing=Preprocessing(input_size=(3, 64, 64), **COLOUR),
+        class_names=CIFAR_CLASSES,
+        held_out_every=10,
+        stages=((15, 0.0),),
+        padding=8,
+        mix_prob=0.3,
+    ),
     "swin": DenseModel(
         model="swin_tiny_patch4_window7_224",
         args={
@@ -117,9 +135,10 @@ DENSE_MODELS = {
 }
 
 
-def arrays(dataset) -> tuple[Tensor, Tensor]:
-    """All images of a dataset as uint8 [N, C, H, W], and their labels [N]."""
-    images = [np.asarray(dataset[i][0]) for i in range(len(dataset))]
+def arrays(dataset, settings: Preprocessing) -> tuple[Tensor, Tensor]:
+    """All images of a dataset as uint8 [N, C, H, W] in the model's size, and their labels [N]."""
+    size = settings.input_size[:0:-1]
+    images = [np.asarray(dataset[i][0].resize(size, Image.Resampling.BICUBIC)) for i in range(len(dataset))]
     labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
     stacked = torch.from_numpy(np.stack(images))
     return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous(), labels
@@ -146,8 +165,8 @@ def augment(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
 
 def train(spec: DenseModel, dataset, state_file: Path) -> tuple[nn.Module, list[dict]]:
     """Train to the end of the schedule, from where `state_file` stopped; the averaged model, and a line an epoch."""
-    images, labels = arrays(dataset)
     settings = spec.preprocessing
+    images, labels = arrays(dataset, settings)
     is_held_out = torch.arange(len(labels)) % spec.held_out_every == 0
     trained_on = torch.nonzero(~is_held_out).flatten()
     held_out = [
@@ -221,9 +240,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     spec = DENSE_MODELS[options.name]
-    if options.name == "cifar":
+    if options.name.startswith("cifar"):
         if options.cifar is None:
-            parser.error("cifar needs --cifar: CIFAR-10's training images as a tar or folder of class folders")
+            parser.error(
+                f"{options.name} needs --cifar: CIFAR-10's training images as a tar or folder of class folders"
+            )
         dataset = create_dataset("", root=str(options.cifar))
     else:
         dataset = create_dataset("torch/fashion_mnist", str(prepare(options.root)), split="train")
