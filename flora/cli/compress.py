@@ -91,10 +91,9 @@ def command(
     verifies. What the steps make stays in OUT.work; stopped, the same command goes on. Exit code 3 when a gate fails.
     """
     set_threads(threads)
-    from flora.cli.output import print_json, print_next, status
+    from flora.cli.output import status
     from flora.cli.training import settings_from_options
-    from flora.cli.verification import print_artifacts, print_stages, print_verdict
-    from flora.errors import GateFailedError
+    from flora.cli.verification import print_bundle
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.compress import CompressRequest, compress
     from flora.pipeline.export import ExportRequest
@@ -127,14 +126,9 @@ def command(
         bundle = compress(loaded, out, request, on_step=say)
     if not is_main():
         return
-    manifest, report = bundle.manifest, bundle.manifest.verification
-    assert report is not None  # export always verifies
-    if as_json:
-        print_json(manifest.model_dump(mode="json"))
-    else:
-        print_stages(report)
-        print_artifacts(manifest)
-        print_verdict(manifest)
-        print_next(f"the bundle {out} (its steps lie in {out}.work)", f"flora verify {out} --data {eval_data}")
-    if not report.passed:
-        raise GateFailedError(f"The gate failed at {report.first_failure}: the bundle is kept and labelled, see above.")
+    print_bundle(
+        bundle,
+        f"the bundle {out} (its steps lie in {out}.work)",
+        f"flora verify {out} --data {eval_data}",
+        as_json=as_json,
+    )

@@ -81,9 +81,8 @@ def command(
     the bundle is kept, with what failed labelled so.
     """
     set_threads(threads)
-    from flora.cli.output import print_json, print_next, status
-    from flora.cli.verification import print_artifacts, print_stages, print_verdict
-    from flora.errors import GateFailedError
+    from flora.cli.output import status
+    from flora.cli.verification import print_bundle
     from flora.pipeline.export import ExportRequest, export_bundle, load_exportable
 
     request = ExportRequest(
@@ -101,14 +100,4 @@ def command(
     source = load_exportable(model, ranks)
     with status(hidden=as_json) as say:
         bundle = export_bundle(source, request, out, on_step=say)
-    manifest, report = bundle.manifest, bundle.manifest.verification
-    assert report is not None  # export always verifies
-    if as_json:
-        print_json(manifest.model_dump(mode="json"))
-    else:
-        print_stages(report)
-        print_artifacts(manifest)
-        print_verdict(manifest)
-        print_next(f"the bundle {out}", f"flora verify {out} --data {eval_data}")
-    if not report.passed:
-        raise GateFailedError(f"The gate failed at {report.first_failure}: the bundle is kept and labelled, see above.")
+    print_bundle(bundle, f"the bundle {out}", f"flora verify {out} --data {eval_data}", as_json=as_json)

@@ -1,10 +1,26 @@
 """Verification and bundles as tables: used by `flora export` and `flora verify`."""
 
-from export.bundle import Manifest
+from export.bundle import Bundle, Manifest
 from export.verify import VerifyReport
-from flora.cli.output import millions, percent, print_table
+from flora.cli.output import millions, percent, print_json, print_next, print_table
+from flora.errors import GateFailedError
 
 FP32_BYTES = 4
+
+
+def print_bundle(bundle: Bundle, wrote: str, command: str, *, as_json: bool) -> None:
+    """What was exported and proved, and the next command; `GateFailedError` where a gate failed."""
+    manifest, report = bundle.manifest, bundle.manifest.verification
+    assert report is not None  # export always verifies
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+    else:
+        print_stages(report)
+        print_artifacts(manifest)
+        print_verdict(manifest)
+        print_next(wrote, command)
+    if not report.passed:
+        raise GateFailedError(f"The gate failed at {report.first_failure}: the bundle is kept and labelled, see above.")
 
 
 def print_stages(report: VerifyReport) -> None:
