@@ -8,6 +8,7 @@ import click
 from flora.cli.options import (
     IMAGES_HELP,
     device_option,
+    fitness_option,
     json_option,
     max_drop_option,
     model_options,
@@ -46,9 +47,9 @@ from flora.cli.options import (
 )
 @click.option("--space", default="eighths", show_default=True, metavar="SPACE", help="As in flora build.")
 @click.option("--share", type=float, default=0.3, show_default=True, help="Part of each cost bin that filtering keeps.")
-@click.option("--fitness", type=click.Choice(["loss", "top1", "distance", "agreement"]), default="loss")
+@fitness_option
 @click.option("--population", type=int, default=50, show_default=True, help="Configs in a generation of the search.")
-@click.option("--generations", type=int, default=20, show_default=True)
+@click.option("--generations", type=int, default=20, show_default=True, help="Generations after the first one.")
 @click.option("--teacher", default="dense", show_default=True, help="dense, none, a model folder or a timm name.")
 @training_options("default")
 @max_drop_option(1.0, "1.0")

@@ -37,6 +37,13 @@ def max_drop_option(default: float | None, help_of_default: str) -> Callable:
     )
 
 
+fitness_option = click.option(
+    "--fitness",
+    type=click.Choice(["loss", "top1", "distance", "agreement"]),
+    default="loss",
+    show_default=True,
+    help="How configs are judged. loss, top1: by the labels; distance, agreement: by the dense model, without labels.",
+)
 restart_option = click.option(
     "--restart", is_flag=True, help="Throw away what a stopped run of this command has left, and start anew."
 )
@@ -46,16 +53,16 @@ def training_options(preset: str) -> Callable:
     """How to train; an option that is not given is what the preset says."""
     options = (
         click.option("--preset", help=f"Settings to start from: default, deit-s, deit-b, local ({preset})."),
-        click.option("--epochs", type=int),
+        click.option("--epochs", type=int, help="Passes over the training images."),
         click.option("--batch-size", type=int, help="Images of one step, over all processes and passes."),
         click.option("--accumulation", type=int, help="Passes that one step accumulates."),
         click.option("--lr", type=float, help="Highest learning rate."),
-        click.option("--min-lr", type=float),
-        click.option("--warmup-epochs", type=float),
-        click.option("--warmup-lr", type=float),
+        click.option("--min-lr", type=float, help="Learning rate at the end of the schedule."),
+        click.option("--warmup-epochs", type=float, help="Epochs, or a part of one, in which the rate rises."),
+        click.option("--warmup-lr", type=float, help="Learning rate that the warm-up begins with."),
         click.option("--optimizer", help="One of timm's optimizers, e.g. adamw."),
         click.option("--schedule", help="One of timm's schedules, e.g. cosine."),
-        click.option("--weight-decay", type=float),
+        click.option("--weight-decay", type=float, help="Weight decay, for matrices only."),
         click.option("--clip-grad", type=float, help="Largest norm of the gradient."),
         click.option("--ema-decay", type=float, help="Keep a moving average of the weights, and write that."),
         click.option("--precision", type=click.Choice(["no", "fp16", "bf16"]), help="Mixed precision."),
@@ -67,10 +74,14 @@ def training_options(preset: str) -> Callable:
         click.option("--sandwich", type=int, help="Each step trains the largest, the smallest and N drawn subnets."),
         click.option("--task-weight", type=float, help="Share of the labels in the loss beside the teacher (0 to 1)."),
         click.option("--temperature", type=float, help="Softmax temperature of the distillation."),
-        click.option("--label-smoothing", type=float),
+        click.option("--label-smoothing", type=float, help="Smoothing of the labels where they count."),
         click.option("--patch-drop", type=float, help="Share of patches that a ViT leaves out while training."),
-        click.option("--augmentation", type=click.Choice(["light", "imagenet"])),
-        click.option("--seed", type=int),
+        click.option(
+            "--augmentation",
+            type=click.Choice(["light", "imagenet"]),
+            help="light: crops of at least three quarters; imagenet: the paper's, with RandAugment.",
+        ),
+        click.option("--seed", type=int, help="Seed of everything drawn."),
     )
 
     def decorate(command: Callable) -> Callable:

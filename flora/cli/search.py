@@ -8,6 +8,7 @@ from flora.cli.options import (
     IMAGES_HELP,
     batch_size_option,
     device_option,
+    fitness_option,
     json_option,
     out_option,
     restart_option,
@@ -30,22 +31,16 @@ from flora.cli.options import (
 )
 @click.option("--select-data", metavar="IMAGES", required=True, help=f"Images to choose by: {IMAGES_HELP}.")
 @out_option("result")
-@click.option(
-    "--fitness",
-    type=click.Choice(["loss", "top1", "distance", "agreement"]),
-    default="loss",
-    show_default=True,
-    help="loss, top1: against labels; distance, agreement: against the dense model, labels not needed.",
-)
-@click.option("--population", type=int, default=50, show_default=True)
+@fitness_option
+@click.option("--population", type=int, default=50, show_default=True, help="Configs in a generation.")
 @click.option("--parents", type=int, default=10, show_default=True, help="Best configs that a generation comes from.")
-@click.option("--mutants", type=int, default=25, show_default=True)
-@click.option("--crossovers", type=int, default=25, show_default=True)
+@click.option("--mutants", type=int, default=25, show_default=True, help="Mutated parents in a generation.")
+@click.option("--crossovers", type=int, default=25, show_default=True, help="Children of two in a generation.")
 @click.option("--generations", type=int, default=20, show_default=True, help="After the first one.")
 @click.option("--mutation-probability", type=float, default=0.2, show_default=True, help="For each block.")
 @click.option("--window", type=float, default=0.05, show_default=True, help="Part of the budget to search below it.")
 @click.option("--halving/--no-halving", default=True, help="Stop clearly worse configs early (on by default).")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything drawn.")
 @batch_size_option(250)
 @workers_option
 @device_option
