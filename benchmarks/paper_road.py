@@ -2,25 +2,29 @@
 
 Long: each arm trains something and keeps its result in `results/arms/paper_road`; the same command goes on with what is
 missing, and judges what is there. `--minutes 120` begins no arm after that time, `--only 'fashion7-0-*'` runs some.
+`--check` evaluates the compact models that were kept, in minutes, and compares with what their arms have noted.
 """
 
 import argparse
 import fnmatch
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import arm, exactly, finish
+from results import arm, exactly, finish, read_arm
 from road import judge
-from road.arms import ABLATIONS, ROAD, Workshop, dense_arm, road_arm, uniform_arm, yardstick_arm
+from road.arms import ABLATIONS, ROAD, Workshop, dense_arm, evaluated, road_arm, uniform_arm, yardstick_arm
 from road.dense import DEFAULT_ROOT, prepare
 from road.inheritance import inheritance_arm
 from road.models import HERE, RoadModel, road_models
 from road.released import released_arm
 from road.search_cost import search_cost_arm
 from road.step_cost import step_cost_arm
+from timm.layers import set_fused_attn
 
 from flora.lowrank.checkpoint import load_model_folder
 
@@ -30,46 +34,56 @@ COMPACT = HERE / "compact"
 INHERITANCE = ("fashion7", 10)
 SEARCHED = ("fashion7", 15)
 FASTEST = "fashion7"
+# Points by which half precision may move a kept model's top-1.
+KEPT_POINTS = 0.05
 
 
 def arms(models: dict[str, RoadModel], runs: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """All arms by name, in the order in which they are run."""
+    """All arms by name, in the order in which they are run; one whose model or images are not here is absent."""
     yield "released", released_arm
+    yield "step-cost", step_cost_arm
     for model in models.values():
+        run = (lambda measure: measure) if model.can_run else (lambda measure: _absent)
         for seed in range(model.seeds):
             shop = Workshop(model=model, seed=seed, runs=runs)
             name = f"{model.name}-{seed}"
             if not seed:
-                yield f"{name}-dense", lambda shop=shop: dense_arm(shop)
-            yield f"{name}-yardstick", lambda shop=shop: yardstick_arm(shop)
+                yield f"{name}-dense", run(partial(dense_arm, shop))
+            yield f"{name}-yardstick", run(partial(yardstick_arm, shop))
             keep = None if seed else COMPACT
-            yield (
-                f"{name}-road",
-                lambda shop=shop, keep=keep: road_arm(shop, ROAD, shop.model.budgets, keep),
-            )
+            yield f"{name}-road", run(partial(road_arm, shop, ROAD, model.road_budgets, keep))
             if model.is_compared:
                 for budget in model.budgets:
                     for method in ("svd", "activation"):
-                        yield (
-                            f"{name}-uniform-{method}-{budget}",
-                            lambda shop=shop, m=method, b=budget: uniform_arm(shop, m, b),
-                        )
+                        yield f"{name}-uniform-{method}-{budget}", run(partial(uniform_arm, shop, method, budget))
             if model.name == FASTEST:
                 for ablation, variant in ABLATIONS.items():
-                    yield (
-                        f"{name}-{ablation}",
-                        lambda shop=shop, variant=variant: road_arm(shop, variant, (shop.model.hardest,)),
-                    )
+                    yield f"{name}-{ablation}", run(partial(road_arm, shop, variant, (model.hardest,)))
     for seed in range(models[INHERITANCE[0]].seeds):
         shop = Workshop(model=models[INHERITANCE[0]], seed=seed, runs=runs)
         for method in ("activation", "svd"):
             yield (
                 f"inheritance-{seed}-{method}",
-                lambda shop=shop, m=method: inheritance_arm(shop, m, INHERITANCE[1], _yardstick(shop)),
+                lambda shop=shop, method=method: inheritance_arm(shop, method, INHERITANCE[1], _yardstick(shop)),
             )
     shop = Workshop(model=models[SEARCHED[0]], seed=0, runs=runs)
     yield "search-cost-0", lambda: search_cost_arm(shop, SEARCHED[1])
-    yield "step-cost", step_cost_arm
+
+
+def check(models: dict[str, RoadModel]) -> int:
+    """Print top-1 of each kept compact model beside that of its arm; how many differ by over `KEPT_POINTS`."""
+    differing = 0
+    for folder in sorted(COMPACT.iterdir()):
+        name, _, budget = folder.name.rpartition("-")
+        if not models[name].has_images:
+            print(f"{folder.name}: its images are not here")
+            continue
+        noted = read_arm(NAME, f"{name}-0-road")["budgets"][budget]["top1"]
+        loaded = load_model_folder(folder)
+        top1 = evaluated(loaded.module, loaded, models[name])["top1"]
+        differing += abs(top1 - noted) > KEPT_POINTS
+        print(f"{folder.name}: {top1:.2f} %, noted {noted:.2f}", flush=True)
+    return differing
 
 
 def _yardstick(shop: Workshop) -> torch.nn.Module:
@@ -88,10 +102,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after so many minutes")
     parser.add_argument("--fresh", action="store_true", help="run arms again that have a result")
     parser.add_argument("--judge", action="store_true", help="run nothing, judge what is there")
+    parser.add_argument("--check", action="store_true", help="evaluate the kept compact models again, and nothing else")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16: for processors with instructions for it")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    models = road_models(prepare(options.root), options.cifar_train, options.cifar_test)
+    set_fused_attn(False)  # on a CPU, and with so few tokens, two products are faster than the fused kernel
+    precision = "bf16" if options.bf16 else "no"
+    models = road_models(prepare(options.root), options.cifar_train, options.cifar_test, precision=precision)
+    if options.check:
+        sys.exit(check(models))
     started = time.monotonic()
     results: dict[str, Any] = {}
     missing = []

@@ -93,10 +93,19 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 
 def arm(benchmark: str, name: str, measure: Callable[[], Any], *, fresh: bool) -> Any:
     """The result of one part of a long benchmark: measured once, kept on disk, and read when the script resumes."""
-    path = RESULTS / "arms" / benchmark / f"{name}.json"
+    path = _arm_file(benchmark, name)
     if path.is_file() and not fresh:
-        return json.loads(path.read_text())
+        return read_arm(benchmark, name)
     result = measure()
     with new_file(path) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def read_arm(benchmark: str, name: str) -> Any:
+    """The result of an arm that was measured."""
+    return json.loads(_arm_file(benchmark, name).read_text())
+
+
+def _arm_file(benchmark: str, name: str) -> Path:
+    return RESULTS / "arms" / benchmark / f"{name}.json"

@@ -32,14 +32,14 @@ class WorkFolder:
         # Through JSON and back, so that tuples and lists compare equal.
         given = json.loads(json.dumps(settings))
         if not file.is_file():
-            if work.path.exists() and (not work.path.is_dir() or any(work.path.iterdir())):
+            if work.path.exists() and (not work.path.is_dir() or any(map(_is_foreign, work.path.iterdir()))):
                 raise InputError(f"{work.path} is in the way: it is no work folder of flora. Move or remove it.")
             with new_file(file) as partial:
                 partial.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
             return work
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{file} cannot be read: {error}. Start anew with --restart.") from error
         changed = [key for key in given.keys() | before.keys() if given.get(key) != before.get(key)]
         if changed:
@@ -57,6 +57,11 @@ class WorkFolder:
         """Delete the folder and all in it."""
         if (self.path / SETTINGS).is_file():
             shutil.rmtree(self.path)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is none that a job killed while it wrote its settings has left."""
+    return not path.match(f".{SETTINGS}.*.partial")
 
 
 def _short(value: Any) -> str:

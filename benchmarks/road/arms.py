@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from road.models import DENSE, LAYERS, SPACE, RoadModel
+from road.models import DENSE, LAYERS, RoadModel
 from torch import nn
 
 from flora.lowrank.checkpoint import (
@@ -40,12 +40,16 @@ SEARCH = SearchSettings.of_size(24, 6)
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What an arm of the road does: the road itself, or without one of its parts."""
+    """What an arm of the road does: the road itself, or without one of its parts.
+
+    The supernet trains for the share `supernet` of the epochs, what the search finds in it for the others.
+    """
 
     method: str = "activation"
     filtered: bool = True
     sampling: str = "low-rank-aware"
     teacher: str = "dense"
+    supernet: float = 0.5
 
 
 ROAD = Variant()
@@ -54,6 +58,8 @@ ABLATIONS = {
     "uniform-sampling": Variant(sampling="uniform"),
     "svd-start": Variant(method="svd"),
     "no-distillation": Variant(teacher="none"),
+    "no-fine-tuning": Variant(supernet=1.0),
+    "no-supernet-training": Variant(supernet=0.0),
 }
 
 
@@ -78,7 +84,14 @@ class Workshop:
         folder = self.runs / f"{self.model.name}-{method}"
         if not is_supernet_folder(folder):
             calibration = f"{self.model.train},limit={CALIBRATION_IMAGES}" if method == "activation" else None
-            build(load_model_folder(self.dense), folder, data=calibration, layers=LAYERS, method=method, space=SPACE)
+            build(
+                load_model_folder(self.dense),
+                folder,
+                data=calibration,
+                layers=LAYERS,
+                method=method,
+                space=self.model.space,
+            )
         return folder
 
     def filtered(self, method: str) -> Path:
@@ -90,21 +103,29 @@ class Workshop:
 
     def trained(self, variant: Variant) -> Path:
         source = self.filtered(variant.method) if variant.filtered else self.supernet(variant.method)
-        name = "-".join([source.name, variant.sampling, variant.teacher])
+        epochs = round(variant.supernet * self.model.training.epochs)
+        if not epochs:
+            return source
+        name = "-".join([source.name, variant.sampling, variant.teacher, str(epochs)])
         folder = self.folder / name
         if not is_supernet_folder(folder):
-            settings = self.model.training.model_copy(update={"sampling": variant.sampling, "seed": self.seed})
-            train(source, folder, self.request(settings, variant.teacher))
+            train(source, folder, self.request(variant.teacher, epochs=epochs, sampling=variant.sampling))
         return folder
 
-    def request(self, settings, teacher: str = "dense") -> TrainRequest:
+    def finetuned(self, compact: LoadedModel, folder: Path, *, epochs: int, teacher: str = "dense") -> LoadedModel:
+        """`compact` after so many epochs; what is in `folder` is used up."""
+        if not epochs:
+            return compact
+        save_model(folder / "start", compact.module, compact.config)
+        tuned = train(folder / "start", folder / "tuned", self.request(teacher, epochs=epochs))
+        assert isinstance(tuned, LoadedModel)
+        return tuned
+
+    def request(self, teacher: str = "dense", **changes: Any) -> TrainRequest:
         """Training as every arm does it; the dense teacher's answers are kept for the other arms of the seed."""
         cache = self.folder / "teacher" if teacher == "dense" else None
+        settings = self.model.training.model_copy(update={"seed": self.seed, **changes})
         return TrainRequest(data=self.model.train, settings=settings, teacher=teacher, teacher_cache=cache)
-
-    @property
-    def settings(self):
-        return self.model.training.model_copy(update={"seed": self.seed})
 
 
 def dense_arm(shop: Workshop) -> dict[str, Any]:
@@ -116,14 +137,15 @@ def dense_arm(shop: Workshop) -> dict[str, Any]:
 def yardstick_arm(shop: Workshop) -> dict[str, Any]:
     """The dense model continued for the same epochs with the same distillation."""
     out = shop.folder / "yardstick"
-    continued = train(shop.dense, out, shop.request(shop.settings))
+    continued = train(shop.dense, out, shop.request())
     return evaluated(continued.module, continued, shop.model)
 
 
 def road_arm(shop: Workshop, variant: Variant, budgets: tuple[int, ...], keep: Path | None = None) -> dict[str, Any]:
-    """Filter, train, search; each budget's subnet on the test images. `keep` is where its compact model is kept."""
+    """Filter, train, search, fine-tune; each budget's model on the test images, and under `keep` in half precision."""
     trained = shop.trained(variant)
     found = shop.folder / f"{trained.name}-search"
+    epochs = shop.model.training.epochs - round(variant.supernet * shop.model.training.epochs)
     outcome = search(
         trained,
         found,
@@ -138,7 +160,13 @@ def road_arm(shop: Workshop, variant: Variant, budgets: tuple[int, ...], keep: P
     for budget in budgets:
         ranks = outcome.configs[f"macs={budget}%"]
         compact = compact_from_supernet(supernet, ranks)
-        results[str(budget)] = evaluated(compact.module, compact, shop.model) | {"ranks": ranks.ranks}
+        before = evaluated(compact.module, compact, shop.model)
+        folder = shop.folder / f"{trained.name}-finetuned-{budget}"
+        compact = shop.finetuned(compact, folder, epochs=epochs, teacher=variant.teacher)
+        results[str(budget)] = evaluated(compact.module, compact, shop.model) | {
+            "top1_before": before["top1"],
+            "ranks": ranks.ranks,
+        }
         if keep is not None:
             config = compact.config.model_copy(update={"reference": None, "image_sets": {}, "training": ()})
             save_model(keep / f"{shop.model.name}-{budget}", compact.module, config, dtype=torch.float16)
@@ -151,9 +179,8 @@ def uniform_arm(shop: Workshop, method: str, budget: int) -> dict[str, Any]:
     start = compact_from_supernet(supernet, chosen_ranks(supernet, macs=f"{budget}%"))
     before = evaluated(start.module, start, shop.model)
     folder = shop.folder / f"uniform-{method}-{budget}"
-    save_model(folder / "start", start.module, start.config)
-    tuned = train(folder / "start", folder / "tuned", shop.request(shop.settings))
-    return evaluated(tuned.module, tuned, shop.model) | {"top1_untrained": before["top1"]}
+    tuned = shop.finetuned(start, folder, epochs=shop.model.training.epochs)
+    return evaluated(tuned.module, tuned, shop.model) | {"top1_before": before["top1"]}
 
 
 def evaluated(module: nn.Module, loaded: LoadedModel | LoadedSupernet, model: RoadModel) -> dict[str, Any]:

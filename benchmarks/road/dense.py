@@ -100,7 +100,6 @@ DENSE_MODELS = {
     "cifar-hybrid": DenseModel(
         model="tiny_vit_5m_224",
         args={
-            "img_size": 64,
             "num_classes": 10,
             "embed_dims": (32, 64, 96, 128),
             "depths": (1, 2, 4, 2),

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from road.arms import Workshop
 from torch import nn
 
@@ -12,6 +11,7 @@ from flora.lowrank.checkpoint import load_supernet
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
+from flora.training.processes import accelerator
 from flora.training.selection import SelectionImages
 from flora.training.train import Teacher, Trainer
 
@@ -35,7 +35,7 @@ def inheritance_arm(shop: Workshop, method: str, budget: int, yardstick: nn.Modu
     preprocessing = start.config.preprocessing
     selection = SelectionImages(TimmImages(shop.model.select, preprocessing))
     target = _top1(yardstick, selection) - POINTS
-    settings = shop.settings.model_copy(update={"epochs": MOST_EPOCHS})
+    settings = shop.request(epochs=MOST_EPOCHS).settings
     curve = [(0, _top1(start.module, selection))]
 
     def note(step: int, loss: float) -> None:
@@ -50,7 +50,7 @@ def inheritance_arm(shop: Workshop, method: str, budget: int, yardstick: nn.Modu
         start.module,
         AugmentedImages(TimmImages(shop.model.train, preprocessing), settings.augmentation, seed=settings.seed),
         settings,
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerator(torch.device("cpu"), settings.precision),
         state_file=shop.folder / f"inheritance-{method}-{budget}.pt",
         teacher=Teacher(module=supernet.load_dense().module),
     )

@@ -62,16 +62,15 @@ def _headline(model: RoadModel, results: Mapping[str, Any], rows: list[Row], bar
 
 def _against_uniform(model: RoadModel, results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -> None:
     for method, least in SAVED_AGAINST.items():
-        seeds = _seeds(results, model, "road", *(f"uniform-{method}-{budget}" for budget in model.budgets))
+        uniform = [f"uniform-{method}-{budget}" for budget in model.budgets]
+        seeds = _seeds(results, model, "yardstick", "road", *uniform)
         if not seeds:
             continue
         for place, budget in enumerate(model.budgets):
-            top1 = fmean(line[1 + place]["top1"] for line in seeds)
-            before = fmean(line[1 + place]["top1_untrained"] for line in seeds)
+            top1 = fmean(line[2 + place]["top1"] for line in seeds)
+            before = fmean(line[2 + place]["top1_before"] for line in seeds)
             rows.append([f"uniform, {method}", model.name, f"{budget} %", f"{top1:.2f}", "", f"{before:.2f} untrained"])
-        saved, low, high = _saved(
-            [([line[0]["budgets"][str(budget)] for budget in model.budgets], line[1:]) for line in seeds]
-        )
+        saved, low, high = _saved([([*line[1]["budgets"].values(), line[0]], line[2:]) for line in seeds])
         rows.append(
             [f"MACs saved against uniform, {method}", model.name, "", f"{saved:.1%}", f"{low:.1%} to {high:.1%}", ""]
         )
@@ -158,15 +157,19 @@ def _difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, 
 
 
 def _saved(seeds: Sequence[tuple[list[Any], list[Any]]]) -> tuple[float, float, float]:
-    """MACs saved at equal accuracy, averaged over budgets and seeds, with a 95 % bootstrap interval over images."""
+    """MACs that the road saves at the accuracy of uniform ranks, with a 95 % bootstrap interval over images.
+
+    Each seed gives the road's results, the yardstick among them, and those of uniform ranks. What is saved is averaged
+    over the uniform results and the seeds.
+    """
     macs = [tuple(np.array([one["macs"] for one in part]) for part in pair) for pair in seeds]
-    right = [(np.stack([right_of(one) for one in r]), np.stack([right_of(one) for one in u])) for r, u in seeds]
+    right = [tuple(np.stack([right_of(one) for one in part]) for part in pair) for pair in seeds]
 
     def saved(images: np.ndarray | slice) -> float:
         return fmean(
-            1 - own / _macs_for(road[place, images].mean(), uniform_macs, uniform[:, images].mean(1))
+            1 - _macs_for(uniform[place, images].mean(), road_macs, road[:, images].mean(1)) / cost
             for (road_macs, uniform_macs), (road, uniform) in zip(macs, right, strict=True)
-            for place, own in enumerate(road_macs)
+            for place, cost in enumerate(uniform_macs)
         )
 
     rng = np.random.default_rng(0)
@@ -176,14 +179,10 @@ def _saved(seeds: Sequence[tuple[list[Any], list[Any]]]) -> tuple[float, float, 
 
 
 def _macs_for(accuracy: float, macs: np.ndarray, accuracies: np.ndarray) -> float:
-    """MACs at which uniform ranks reach `accuracy`, by linear interpolation.
+    """MACs at which models with these `macs` reach `accuracy`, by linear interpolation.
 
-    Above the dearest uniform model it is that model's MACs (what is saved is then a lower bound); below the cheapest
-    the line through the two cheapest goes on.
+    Below the cheapest it is that model's MACs, above the best that of the dearest: either speaks against the models.
     """
     order = np.argsort(macs)
-    macs, accuracies = macs[order], np.maximum.accumulate(accuracies[order])
-    if accuracy < accuracies[0] and accuracies[1] > accuracies[0]:
-        slope = (macs[1] - macs[0]) / (accuracies[1] - accuracies[0])
-        return max(float(macs[0] - slope * (accuracies[0] - accuracy)), 1.0)
-    return float(np.interp(accuracy, accuracies, macs))
+    reached, first = np.unique(np.maximum.accumulate(accuracies[order]), return_index=True)
+    return float(np.interp(accuracy, reached, macs[order][first]))

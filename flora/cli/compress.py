@@ -52,6 +52,13 @@ from flora.cli.options import (
 @click.option("--generations", type=int, default=20, show_default=True, help="Generations after the first one.")
 @click.option("--teacher", default="dense", show_default=True, help="dense, none, a model folder or a timm name.")
 @training_options("default")
+@click.option(
+    "--finetune-epochs",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Epochs in which the subnet that was found trains on by itself, after the --epochs of the supernet.",
+)
 @max_drop_option(1.0, "1.0")
 @workers_option
 @device_option
@@ -78,6 +85,7 @@ def command(
     population: int,
     generations: int,
     teacher: str,
+    finetune_epochs: int,
     max_drop: float,
     workers: int,
     device: str,
@@ -88,8 +96,9 @@ def command(
 ) -> None:
     """Compress a trained MODEL to a budget, and ship it with proof.
 
-    Builds a supernet, filters its candidates, trains it, searches it, materializes the ranks found, exports and
-    verifies. What the steps make stays in OUT.work; stopped, the same command goes on. Exit code 3 when a gate fails.
+    Builds a supernet, filters its candidates, trains it, searches it, materializes and fine-tunes what was found,
+    exports and verifies. What the steps make stays in OUT.work; stopped, the same command goes on. Exit code 3 when a
+    gate fails.
     """
     set_threads(threads)
     from flora.cli.output import status
@@ -110,6 +119,7 @@ def command(
             eval_data=eval_data, targets=targets, max_drop=max_drop, threads=threads, command=("flora", *sys.argv[1:])
         ),
         settings=settings_from_options(training),
+        finetune_epochs=finetune_epochs,
         calib_data=calib_data,
         select_data=select_data,
         layers=layers,

@@ -45,12 +45,16 @@ HELD_OUT = "1/10"
 
 @dataclass(frozen=True, kw_only=True)
 class CompressRequest:
-    """`data` is trained on; without `select_data` every tenth image of it is held out to choose by instead."""
+    """`data` is trained on; without `select_data` every tenth image of it is held out to choose by instead.
+
+    The supernet trains for the epochs of `settings`, the subnet that the search finds for `finetune_epochs` more.
+    """
 
     data: str
     budget: str
     export: ExportRequest
     settings: TrainingSettings
+    finetune_epochs: int = 0
     calib_data: str | None = None
     select_data: str | None = None
     layers: tuple[str, ...]
@@ -96,6 +100,7 @@ def compress(
         "space": request.space,
         "share": request.share,
         "training": request.settings.model_dump(),
+        "finetune_epochs": request.finetune_epochs,
         "teacher": request.teacher,
         "fitness": request.fitness,
         "search": asdict(request.search),
@@ -106,7 +111,27 @@ def compress(
     work = WorkFolder.open(out, settings)
     device = request.device or torch.device("cpu")
     supernet, filtered, trained = map(work.file, ("supernet", "filtered", "trained"))
-    found, compact = (work.file(f"{name}-{budget_slug(request.budget)}") for name in ("search", "compact"))
+    found, compact, tuned = (
+        work.file(f"{name}-{budget_slug(request.budget)}") for name in ("search", "compact", "finetuned")
+    )
+
+    def train_once(source: Path, out: Path, what: str, epochs: int) -> None:
+        if _is_trained(out):
+            return
+        on_step(what)
+        train(
+            source,
+            out,
+            TrainRequest(
+                data=training,
+                settings=request.settings.model_copy(update={"epochs": epochs}),
+                teacher=request.teacher,
+                device=device,
+                workers=request.workers,
+            ),
+            on_step=lambda step, steps, loss: on_step(f"{what}: step {step} of {steps}, loss {loss:.3f}"),
+        )
+
     if is_main() and not (supernet / SUPERNET_CONFIG).is_file():
         on_step("factorizing")
         model.module.to(device)
@@ -127,22 +152,7 @@ def compress(
             FilterRequest(select_data=selection, share=request.share, device=device, workers=request.workers),
             on_block=lambda scores: on_step(f"filtering candidates: {scores.block}"),
         )
-    if not (trained / SUPERNET_CONFIG).is_file():
-        on_step("training the supernet")
-        train(
-            filtered,
-            trained,
-            TrainRequest(
-                data=training,
-                settings=request.settings,
-                teacher=request.teacher,
-                device=device,
-                workers=request.workers,
-            ),
-            on_step=lambda step, steps, loss: on_step(
-                f"training the supernet: step {step} of {steps}, loss {loss:.3f}"
-            ),
-        )
+    train_once(filtered, trained, "training the supernet", request.settings.epochs)
     if not (found / PARETO).is_file():
         on_step("searching")
         search(
@@ -158,16 +168,25 @@ def compress(
             ),
             on_generation=lambda state: on_step(f"searching: generation {state.generation}"),
         )
+    if is_main() and not (compact / MODEL_CONFIG).is_file():
+        on_step("materializing")
+        source = load_supernet(trained)
+        ranks = chosen_ranks(source, file=found / "ranks.json")
+        cut = compact_from_supernet(source, ranks)
+        save_model(compact, cut.module, cut.config, ranks=ranks)
+    wait()
+    if request.finetune_epochs:
+        train_once(compact, tuned, "fine-tuning", request.finetune_epochs)
+        compact = tuned
     if is_main():
-        if not (compact / MODEL_CONFIG).is_file():
-            on_step("materializing")
-            source = load_supernet(trained)
-            ranks = chosen_ranks(source, file=found / "ranks.json")
-            cut = compact_from_supernet(source, ranks)
-            save_model(compact, cut.module, cut.config, ranks=ranks)
         export_bundle(load_model_folder(compact), request.export, out, on_step=on_step)
     wait()
     return load_bundle(out)
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether `folder` holds a supernet or a model, which `train` writes whole or not at all."""
+    return any((folder / name).is_file() for name in (SUPERNET_CONFIG, MODEL_CONFIG))
 
 
 def _refuse_early(model: LoadedModel, request: CompressRequest, image_sets: tuple[str, ...]) -> None:

@@ -63,7 +63,9 @@ def filter_space(
 ) -> tuple[LoadedSupernet, FilterReport]:
     """Write the supernet of folder `source` to `out` with the candidates that stay; stopped, the same call goes on."""
     check_replaceable(out, marker=SUPERNET_CONFIG)
-    if (request.scorer == "local") != (request.data is not None and request.settings is not None):
+    if Path(out).absolute() == Path(source).absolute():
+        raise InputError(f"{out} is what is filtered; give another folder with --out.")
+    if {request.data is not None, request.settings is not None} != {request.scorer == "local"}:
         raise InputError("The local scorer trains, so it needs --data IMAGES; the training-free one takes none.")
     kept_count(request.share, 1)
     supernet = load_supernet(source)

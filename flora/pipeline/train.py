@@ -16,6 +16,7 @@ from flora.lowrank.checkpoint import (
     DENSE_WEIGHTS,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
+    RANK_CONFIG,
     SUPERNET_CONFIG,
     SUPERNET_WEIGHTS,
     LoadedModel,
@@ -33,6 +34,7 @@ from flora.lowrank.supernet import active_ranks
 from flora.lowrank.weights import read_weights
 from flora.pipeline.filter import FILTER_REPORT, FilterReport
 from flora.preprocessing import Preprocessing
+from flora.ranks.config import RankConfig
 from flora.resume import WorkFolder
 from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
@@ -287,4 +289,10 @@ def _save(
         extra = {FILTER_REPORT: FilterReport.load(report)} if report.is_file() else {}
         save_supernet(out, module, dense, loaded.config.model_copy(update=update), extra=extra)
     else:
-        save_model(out, module, loaded.config.model_copy(update=update))
+        ranks = source / RANK_CONFIG
+        save_model(
+            out,
+            module,
+            loaded.config.model_copy(update=update),
+            ranks=RankConfig.load(ranks) if ranks.is_file() else None,
+        )

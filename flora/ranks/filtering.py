@@ -7,6 +7,7 @@ express a DeiT-B below 7.1 GMACs). The all-smallest and the all-largest candidat
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -40,7 +41,8 @@ def kept_count(share: float, candidates: int) -> int:
     """How many of a bin's candidates stay."""
     if not 0 < share <= 1:
         raise InputError(f"The share of candidates to keep lies above 0 and at most at 1, got {share}.")
-    return math.ceil(share * candidates)
+    # In decimals as given: 0.07 * 100 is above 7 in binary.
+    return math.ceil(Fraction(str(share)) * candidates)
 
 
 def kept_candidates(

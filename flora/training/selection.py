@@ -1,7 +1,7 @@
 """Selection images, and how good a subnet is on each of them: what filtering and search choose by."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -88,6 +88,11 @@ class SubnetScores:
                 raise InputError(
                     f"{images.source.text} has no labels, which the fitness {fitness} needs; "
                     "use --fitness distance or agreement, or one folder for each class."
+                )
+            if int(self._labels.max()) >= (classes := cast(int, supernet.num_classes)):
+                raise InputError(
+                    f"{images.source.text} has a label {int(self._labels.max())}, the model has {classes} classes; "
+                    "use images of the data set that it was trained for."
                 )
         elif dense is None:
             raise InputError(f"The fitness {fitness} compares with the dense model, which is missing.")

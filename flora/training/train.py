@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from timm.layers import PatchDropout
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.sampling import Sampler, sandwich
 from flora.ranks.space import SearchSpace
 from flora.training.alone import Alone
-from flora.training.augmentation import AugmentedImages
+from flora.training.augmentation import AugmentedImages, seeded
 from flora.training.segments import RankSegments
 from flora.training.settings import TrainingSettings
 from flora.training.teacher import EpochAnswers, TeacherCache
@@ -88,6 +90,7 @@ class Trainer:
                 f"The training set has {len(images)} images, fewer than one batch of {settings.batch_size}; "
                 "lower --batch-size or give more images."
             )
+        self._per_pass = int(per_pass)
         self.steps_per_epoch = len(images) // settings.batch_size
         self.model = model.to(accelerator.device)
         self._patch_drop = _drop_patches(model, settings.patch_drop)
@@ -95,16 +98,7 @@ class Trainer:
         self.segments = RankSegments(self.model, space.choices) if space else None
         self.average = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
         optimizer = self._create_optimizer()
-        self.schedule, _ = create_scheduler_v2(
-            optimizer,
-            settings.schedule,
-            num_epochs=settings.epochs,
-            min_lr=settings.min_learning_rate,
-            warmup_lr=settings.warmup_learning_rate,
-            warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it, a half is fine
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-        )
+        self.schedule = self._create_schedule(optimizer)
         self.wrapped: nn.Module
         self.optimizer: torch.optim.Optimizer
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
@@ -152,7 +146,8 @@ class Trainer:
     def _step(self, passes: list[tuple[Tensor, ...]], answers: EpochAnswers | None) -> float:
         """One optimizer step over the accumulated `passes`; the mean loss over all processes."""
         step = self.progress.step
-        self.schedule.step_update(step)
+        if self.schedule:
+            self.schedule.step_update(step)
         # What a model draws while training differs between processes, the ranks do not.
         torch.manual_seed(self.settings.seed * 1_000_003 + step * 1_009 + self.accelerator.process_index)
         configs = self._draw_configs(step)
@@ -200,9 +195,15 @@ class Trainer:
 
     def _inputs_and_targets(self, batch: tuple[Tensor, ...], answers: EpochAnswers | None) -> tuple[Tensor, Tensor]:
         inputs, labels, indices, seeds = batch
+        if int(labels.max()) >= (classes := cast(int, self.model.num_classes)):
+            raise InputError(
+                f"The training images have a label {int(labels.max())}, the model has {classes} classes; "
+                "use the data set that it was trained for."
+            )
         inputs, labels = inputs.to(self.accelerator.device), labels.to(self.accelerator.device)
         if self.mixup:
-            return self.mixup(inputs, labels)
+            with seeded(int(seeds[0])):
+                return self.mixup(inputs, labels)
         if answers is None or self.teacher is None:
             return inputs, labels
         keys = [self.teacher.image_keys[i] for i in indices.tolist()]
@@ -252,6 +253,23 @@ class Trainer:
         except (ValueError, AssertionError) as error:
             raise InputError(f"The optimizer {settings.optimizer!r} cannot be used: {error}") from error
 
+    def _create_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler | None:
+        settings = self.settings
+        try:
+            schedule, _ = create_scheduler_v2(
+                optimizer,
+                settings.schedule,
+                num_epochs=settings.epochs,
+                min_lr=settings.min_learning_rate,
+                warmup_lr=settings.warmup_learning_rate,
+                warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it, a half is fine
+                step_on_epochs=False,
+                updates_per_epoch=self.steps_per_epoch,
+            )
+        except (ValueError, AssertionError) as error:
+            raise InputError(f"The schedule {settings.schedule!r} cannot be used: {error}") from error
+        return schedule
+
     def _create_mixup(self) -> Mixup | None:
         augmentation = self.images.augmentation
         if not augmentation.mixes:
@@ -259,6 +277,11 @@ class Trainer:
         if self.teacher and self.teacher.cache:
             raise InputError(
                 "Mixup and cutmix make images that no cache holds answers for; leave out --teacher-cache or them."
+            )
+        if self._per_pass % 2:
+            raise InputError(
+                f"Mixup and cutmix mix images in pairs, and a process gets {self._per_pass} in one pass; "
+                "choose another --batch-size."
             )
         return Mixup(
             mixup_alpha=augmentation.mixup,
@@ -322,10 +345,10 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+            self.progress = Progress(step=state["step"], history=state["history"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.state_file} cannot be used ({reason}); start anew with --restart.") from error
-        self.progress = Progress(step=state["step"], history=state["history"])
 
 
 def _drop_patches(model: nn.Module, share: float) -> nn.Module | None:
