@@ -49,7 +49,7 @@ class Variant:
     filtered: bool = True
     sampling: str = "low-rank-aware"
     teacher: str = "dense"
-    supernet: float = 0.5
+    supernet: float = 0.25
 
 
 ROAD = Variant()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch_pruning
+from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -52,13 +53,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", required=True, help="CIFAR-10's training images: a tar or folder of class folders")
     parser.add_argument("--runs", type=Path, default=Path("runs/road"))
+    parser.add_argument("--bf16", action="store_true", help="for processors with BF16 instructions")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    set_fused_attn(False)
     dense = load_model_folder(MODELS / "cifar")
     start = options.runs / "cifar-pruned-start"
     save_model(start, *pruned(dense.module, dense.config))
-    settings = training_settings(epochs=EPOCHS, learning_rate=5e-4, warmup_epochs=0.1)
+    precision = "bf16" if options.bf16 else "no"
+    settings = training_settings(epochs=EPOCHS, learning_rate=5e-4, warmup_epochs=0.1, precision=precision)
     request = TrainRequest(data=f"{options.cifar},except=1/10", settings=settings, teacher=str(MODELS / "cifar"))
     tuned = train(start, options.runs / "cifar-pruned", request)
     config = tuned.config.model_copy(update={"image_sets": {}, "training": ()})
