@@ -24,11 +24,14 @@ def processes(device: torch.device | None = None) -> PartialState:
 
 
 def accelerator(device: torch.device, precision: str) -> Accelerator:
-    """Accelerate's `Accelerator` for one training run; the precision may differ from that of an earlier run."""
+    """Accelerate's `Accelerator` for one training run; the precision may differ from that of an earlier run.
+
+    It moves no model, for its moves copy parameters, and an optimizer of rank segments holds views of them.
+    """
     if precision == "fp16" and device.type == "cpu":
         raise InputError("fp16 needs a GPU, for it scales the loss there; on a CPU use --precision no, or bf16.")
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
 
 
 def spread(items: Sequence[Item], compute: Callable[[Item], Result]) -> list[Result]:
