@@ -19,13 +19,18 @@ class WorkFolder:
         self.path = path
 
     @classmethod
+    def of(cls, out: Path) -> Self:
+        """The work folder of the job that writes `out`, whether it is there or not."""
+        out = Path(out).absolute()
+        return cls(out.with_name(f"{out.name}.work"))
+
+    @classmethod
     def open(cls, out: Path, settings: Mapping[str, Any], *, restart: bool = False) -> Self:
         """The work folder of the job that writes `out`; made when there is none, emptied with `restart`.
 
         `settings` (JSON values) is what the result depends on: `InputError` where an unfinished job had others.
         """
-        out = Path(out).absolute()
-        work = cls(out.with_name(f"{out.name}.work"))
+        work = cls.of(out)
         if restart:
             work.remove()
         file = work.path / SETTINGS

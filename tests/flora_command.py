@@ -14,7 +14,7 @@ from flora.cli import main
 
 # A process forked from a server that has these already starts without the seconds that torch takes.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["flora.pipeline.export", "flora.pipeline.build", "onnxscript"])
+PROCESSES.set_forkserver_preload(["flora.pipeline.export", "flora.pipeline.compress", "onnxscript"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,15 +30,15 @@ FAMILIES = {
 }
 
 
-def tiny_args(family: str = "vit") -> dict[str, Any]:
+def tiny_args(family: str = "vit", **changes: Any) -> dict[str, Any]:
     """The arguments of `timm.create_model` for the tiny model of a family."""
-    return {"in_chans": 1, "num_classes": 10, **FAMILIES[family][1]}
+    return {"in_chans": 1, "num_classes": 10, **FAMILIES[family][1], **changes}
 
 
-def tiny_model(family: str = "vit", *, seed: int = 0) -> nn.Module:
+def tiny_model(family: str = "vit", *, seed: int = 0, **changes: Any) -> nn.Module:
     """A two-block model whose weights are large enough that a mistake shows in its logits."""
     torch.manual_seed(seed)
-    model = timm.create_model(FAMILIES[family][0], **tiny_args(family))
+    model = timm.create_model(FAMILIES[family][0], **tiny_args(family, **changes))
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             nn.init.ones_(parameter)

@@ -8,6 +8,12 @@ import click
 import pytest
 
 from flora.cli import COMMANDS, flora
+from flora.imagesets import ImageSetSpec
+from flora.pipeline.search import budget_slug
+from flora.ranks.budget import Budget
+from flora.ranks.space import space_from_text
+from flora.training.settings import PRESETS
+from tests.samples import cost_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,3 +64,59 @@ def test_commands_of_flora_parse(words):
         return
     command = flora.get_command(click.Context(flora), name)
     command.make_context(name, [arg for arg in args if arg not in ("...", "…")])
+
+
+def parsed(words: list[str]) -> dict:
+    """The options and arguments of a command of flora, as it would get them."""
+    name, *args = words[1:]
+    return flora.get_command(click.Context(flora), name).make_context(name, args).params
+
+
+def road() -> list[dict]:
+    """The commands of the paper's road one by one, each with its name and options."""
+    section = README[README.index("### The paper's road") : README.index("### What lies in a bundle")]
+    blocks = re.findall(r"^```sh\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    block = next(block for block in blocks if "flora search" in block)
+    lines = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    return [parsed(words) | {"command": words[1]} for words in lines]
+
+
+def test_each_step_of_the_papers_road_starts_from_what_an_earlier_one_wrote():
+    written: set[str] = set()
+    assert [step["command"] for step in road()][:5] == ["build", "filter", "train", "search", "materialize"]
+    for step in road():
+        if step["command"] != "build":
+            assert str(step.get("supernet") or step["model"]) in written, step
+        written.add(str(step["out"]))
+
+
+def test_the_ranks_that_the_papers_road_materializes_are_those_that_its_search_writes():
+    steps = {step["command"]: step for step in road()}
+    search, materialize = steps["search"], steps["materialize"]
+    assert len(search["budgets"]) > 1
+    written = [f"{search['out']}/ranks-{budget_slug(budget)}.json" for budget in search["budgets"]]
+    assert str(materialize["ranks"]) in written
+
+
+def test_the_papers_road_chooses_by_other_images_than_it_learns_from():
+    places: dict[str, set[int]] = {"data": set(), "select_data": set()}
+    for step in road():
+        for role, found in places.items():
+            if text := step.get(role):
+                found |= set(ImageSetSpec.parse(text).indices(1000))
+    assert len(places["data"]) == 900
+    assert len(places["select_data"]) == 100
+    assert places["data"].isdisjoint(places["select_data"])
+
+
+@pytest.mark.parametrize("words", commands_of("flora"), ids=" ".join)
+def test_budgets_spaces_and_presets_are_ones_that_exist(words):
+    if words[1].startswith("-"):
+        return
+    options = parsed([word for word in words if word not in ("...", "…")])
+    cost = cost_of((384, 1152, 197), (384, 384, 197), (384, 1536, 197))
+    for text in options.get("budgets") or filter(None, [options.get("budget")]):
+        Budget.parse(text, cost)
+    if text := options.get("space"):
+        assert space_from_text(text, cost).size > 1
+    assert options.get("preset") in (None, *PRESETS)

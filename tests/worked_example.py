@@ -25,12 +25,17 @@ FASHION = Path(__file__).parent.parent / "examples" / "fashion"
 MODEL = FAMILIES["vit"][0]
 IMAGES = 120
 QUICK = ("--repeats", 1, "--threads", 1)
+EPOCHS = ("--epochs", 2, "--batch-size", 16, "--lr", 1e-4, "--threads", 1)
+GENERATIONS = ("--population", 8, "--parents", 3, "--mutants", 3, "--crossovers", 3, "--generations", 2, "--threads", 1)
 
 
 class WorkedExample:
     """Folders under `root`; `outcomes` keeps what each command said."""
 
     calibration = f"{FASHION / 'calibration.tar'},limit=64"
+    training = f"{FASHION / 'selection.tar'},except=1/3,limit=48"
+    selection = f"{FASHION / 'selection.tar'},fold=1/3"
+    budgets = ("macs=70%", "macs=55%")
 
     def __init__(self, root: Path) -> None:
         root.mkdir()
@@ -64,6 +69,21 @@ class WorkedExample:
     @cached_property
     def supernet(self) -> Path:
         return self._made("build", self.dense, "--data", self.calibration, "--json")
+
+    @cached_property
+    def filtered(self) -> Path:
+        return self._made("filter", self.supernet, "--select-data", self.selection, "--threads", 1)
+
+    @cached_property
+    def trained(self) -> Path:
+        """Two epochs from the dense model's answers, the selection images looked at after each."""
+        return self._made("train", self.filtered, "--data", self.training, "--select-data", self.selection, *EPOCHS)
+
+    @cached_property
+    def found(self) -> Path:
+        """What a search for two budgets found."""
+        budgets = [text for budget in self.budgets for text in ("--budget", budget)]
+        return self._made("search", self.trained, "--select-data", self.selection, *budgets, *GENERATIONS)
 
     @cached_property
     def compact(self) -> Path:

@@ -55,9 +55,7 @@ from flora.cli.options import (
 @click.option(
     "--finetune-epochs",
     type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Epochs in which the subnet that was found trains on by itself, after the --epochs of the supernet.",
+    help="Epochs for which the subnet that was found trains on by itself (default: as many as the supernet).",
 )
 @max_drop_option(1.0, "1.0")
 @workers_option
@@ -85,7 +83,7 @@ def command(
     population: int,
     generations: int,
     teacher: str,
-    finetune_epochs: int,
+    finetune_epochs: int | None,
     max_drop: float,
     workers: int,
     device: str,
@@ -112,14 +110,15 @@ def command(
 
     where = torch_device(device)
     processes(where)
+    settings = settings_from_options(training)
     request = CompressRequest(
         data=data,
         budget=budget,
         export=ExportRequest(
             eval_data=eval_data, targets=targets, max_drop=max_drop, threads=threads, command=("flora", *sys.argv[1:])
         ),
-        settings=settings_from_options(training),
-        finetune_epochs=finetune_epochs,
+        settings=settings,
+        finetune_epochs=settings.epochs if finetune_epochs is None else finetune_epochs,
         calib_data=calib_data,
         select_data=select_data,
         layers=layers,

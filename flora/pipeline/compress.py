@@ -28,6 +28,7 @@ from flora.pipeline.build import build
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.pipeline.export import ExportRequest, export_bundle
 from flora.pipeline.filter import FilterRequest, filter_space
+from flora.pipeline.images import training_record
 from flora.pipeline.search import PARETO, SearchRequest, budget_slug, search
 from flora.pipeline.train import TrainRequest, train
 from flora.ranks.budget import Budget, check_reachable
@@ -38,6 +39,7 @@ from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
 from flora.training.selection import Fitness
 from flora.training.settings import TrainingSettings
+from flora.training.train import images_per_pass
 
 CALIBRATION_IMAGES = 512
 HELD_OUT = "1/10"
@@ -54,7 +56,7 @@ class CompressRequest:
     budget: str
     export: ExportRequest
     settings: TrainingSettings
-    finetune_epochs: int = 0
+    finetune_epochs: int
     calib_data: str | None = None
     select_data: str | None = None
     layers: tuple[str, ...]
@@ -202,4 +204,8 @@ def _refuse_early(model: LoadedModel, request: CompressRequest, image_sets: tupl
     request.export.engine_specs()
     evaluation = TimmImages(request.export.eval_data, preprocessing).record()
     for role, text in zip(("calibration", "selection", "training"), image_sets, strict=True):
-        evaluation.refuse_overlap(TimmImages(text, preprocessing).record(), own_role="evaluation", other_role=role)
+        images = TimmImages(text, preprocessing)
+        record = training_record(text, images) if role == "training" else images.record()
+        evaluation.refuse_overlap(record, own_role="evaluation", other_role=role)
+        if role == "training":
+            images_per_pass(request.settings, len(images), processes().num_processes)

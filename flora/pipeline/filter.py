@@ -19,6 +19,7 @@ from flora.lowrank.checkpoint import (
     save_supernet,
 )
 from flora.lowrank.weights import read_weights
+from flora.pipeline.images import training_record
 from flora.ranks.filtering import kept_count
 from flora.ranks.space import SearchSpace
 from flora.resume import WorkFolder
@@ -29,7 +30,7 @@ from flora.training.filtering import BlockScores, score_block
 from flora.training.processes import is_main, processes, spread, wait
 from flora.training.selection import SelectionImages, log_probabilities
 from flora.training.settings import TrainingSettings
-from flora.training.train import Trainer
+from flora.training.train import Trainer, images_per_pass
 
 FILTER_REPORT = "filter.json"
 Scorer = Literal["training-free", "local"]
@@ -73,11 +74,18 @@ def filter_space(
     for index in range(len(space.blocks)):
         space.block_candidates(index)
     processes(request.device)
-    source_images = TimmImages(request.select_data, supernet.config.preprocessing, workers=request.workers)
+    preprocessing, seen = supernet.config.preprocessing, dict(supernet.config.image_sets)
+    source_images = TimmImages(request.select_data, preprocessing, workers=request.workers)
     record = source_images.record()
+    if request.data is not None:
+        trained_on = TimmImages(request.data, preprocessing)
+        if request.settings is not None:
+            images_per_pass(request.settings, len(trained_on), 1)
+        training = training_record(request.data, trained_on)
+        seen["training"] = training.joined(seen.get("training"))
     for role in ("calibration", "training"):
-        if role in supernet.config.image_sets:
-            record.refuse_overlap(supernet.config.image_sets[role], own_role="selection", other_role=role)
+        if role in seen:
+            record.refuse_overlap(seen[role], own_role="selection", other_role=role)
     images = SelectionImages(source_images)
     settings = {
         "source": sha256_of_file(Path(source) / SUPERNET_WEIGHTS),
@@ -117,10 +125,7 @@ def filter_space(
     config = supernet.config.model_copy(
         update={
             "space": SearchSpace.model_validate(filtered.model_dump()),
-            "image_sets": {
-                **supernet.config.image_sets,
-                "selection": record.joined(supernet.config.image_sets.get("selection")),
-            },
+            "image_sets": {**seen, "selection": record.joined(seen.get("selection"))},
         }
     )
     if is_main():

@@ -8,6 +8,9 @@ from flora.errors import InputError
 from flora.imagesets import ImageSetRecord, ImageSetSpec
 from flora.preprocessing import Preprocessing
 
+# Above this many images, their digests are not recorded: an overlap with them is not looked for.
+MOST_DIGESTS = 100_000
+
 
 def open_images(text: str, preprocessing: Preprocessing) -> ImageSet:
     """The image set that `text` names (see `ImageSetSpec.parse`), preprocessed for one model."""
@@ -28,6 +31,13 @@ def check_classes(images: ImageSet, classes: int | None) -> None:
             f"The images lie in {named} class folders, the model has {classes} classes; "
             "give images of all its classes, as in the data set that it was trained for."
         )
+
+
+def training_record(text: str, images: ImageSet) -> ImageSetRecord:
+    """The record of training images, which may be too many to read each for its digest."""
+    if len(images) > MOST_DIGESTS:
+        return ImageSetRecord.of(text, len(images), None)
+    return images.record()
 
 
 def certified_record(images: ImageSet, seen: Mapping[Any, ImageSetRecord]) -> ImageSetRecord:

@@ -160,13 +160,13 @@ def search(
         "budgets": list(request.budgets),
         **asdict(request.settings),
     }
+    device = request.device or torch.device("cpu")
+    dense = supernet.load_dense().module.to(device) if request.fitness in ("agreement", "distance") else None
+    scores = SubnetScores(supernet.module.to(device), images, fitness=request.fitness, dense=dense)
     if is_main():
         WorkFolder.open(out, settings, restart=request.restart)
     wait()
     work = WorkFolder.open(out, settings)
-    device = request.device or torch.device("cpu")
-    dense = supernet.load_dense().module.to(device) if request.fitness in ("agreement", "distance") else None
-    scores = SubnetScores(supernet.module.to(device), images, fitness=request.fitness, dense=dense)
     states: list[SearchState] = []
     generations: list[GenerationRecord] = []
     for budget in budgets:

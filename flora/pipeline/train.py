@@ -33,6 +33,7 @@ from flora.lowrank.checkpoint import (
 from flora.lowrank.supernet import active_ranks
 from flora.lowrank.weights import read_weights
 from flora.pipeline.filter import FILTER_REPORT, FilterReport
+from flora.pipeline.images import training_record
 from flora.preprocessing import Preprocessing
 from flora.ranks.config import RankConfig
 from flora.resume import WorkFolder
@@ -44,8 +45,6 @@ from flora.training.settings import TrainingSettings
 from flora.training.teacher import TeacherCache, TeacherFacts
 from flora.training.train import Teacher, Trainer
 
-# Above this many images, their digests are not recorded: an overlap with them is not looked for.
-MOST_DIGESTS = 100_000
 STATE = "state.pt"
 CPU = torch.device("cpu")
 EVERY_STEPS = 20
@@ -94,10 +93,11 @@ def train(
     together = accelerator(request.device, request.settings.precision)
     preprocessing = loaded.config.preprocessing
     images = TimmImages(request.data, preprocessing, workers=request.workers)
-    record = _record(images)
+    record = training_record(request.data, images)
     selection = TimmImages(request.select_data, preprocessing) if request.select_data else None
-    if selection is not None:
-        record.refuse_overlap(selection.record(), own_role="training", other_role="selection")
+    chosen_by = selection.record() if selection else None
+    if chosen_by is not None:
+        record.refuse_overlap(chosen_by, own_role="training", other_role="selection")
     teacher = _load_teacher(loaded, request)
     weights = Path(source) / (SUPERNET_WEIGHTS if is_supernet else MODEL_WEIGHTS)
     settings = {
@@ -106,23 +106,26 @@ def train(
         "data": request.data,
         "images": record.digest,
         "teacher": _digest_of(teacher) if teacher else None,
+        "top_k": request.top_k if request.teacher_cache else None,
+        "selection": chosen_by.digest if chosen_by else None,
         **request.settings.model_dump(),
     }
-    if is_main():
-        WorkFolder.open(out, settings, restart=request.restart)
-    wait()
-    work = WorkFolder.open(out, settings)
+    # What the trainer refuses must not leave a work folder, for the next command has other settings.
     trainer = Trainer(
         loaded.module,
         AugmentedImages(images, request.settings.augmentation, seed=request.settings.seed),
         request.settings,
         accelerator=together,
-        state_file=work.file(STATE),
+        state_file=WorkFolder.of(out).file(STATE),
         space=loaded.config.space if isinstance(loaded, LoadedSupernet) else None,
         cost=loaded.config.cost if isinstance(loaded, LoadedSupernet) else None,
         teacher=_teacher(teacher, images, request, loaded) if teacher else None,
         workers=request.workers,
     )
+    if is_main():
+        WorkFolder.open(out, settings, restart=request.restart)
+    wait()
+    work = WorkFolder.open(out, settings)
     board = _board(request.tensorboard)
     steps = trainer.steps_per_epoch * request.settings.epochs
 
@@ -154,12 +157,6 @@ def train(
         work.remove()
     wait()
     return load_supernet(out) if is_supernet else load_model_folder(out)
-
-
-def _record(images: TimmImages) -> ImageSetRecord:
-    if len(images) > MOST_DIGESTS:
-        return ImageSetRecord.of(images.text, len(images), None)
-    return images.record()
 
 
 def _load_teacher(loaded: LoadedSupernet | LoadedModel, request: TrainRequest) -> LoadedModel | None:

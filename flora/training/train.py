@@ -79,18 +79,7 @@ class Trainer:
         self.settings, self.images, self.space, self.teacher = settings, images, space, teacher
         self.accelerator, self.state_file, self.workers = accelerator, state_file, workers
         self.progress = Progress()
-        per_pass = settings.batch_size / (accelerator.num_processes * settings.accumulation)
-        if per_pass != int(per_pass):
-            raise InputError(
-                f"A batch of {settings.batch_size} images does not divide into {accelerator.num_processes} processes "
-                f"times {settings.accumulation} accumulated passes; choose a multiple."
-            )
-        if len(images) < settings.batch_size:
-            raise InputError(
-                f"The training set has {len(images)} images, fewer than one batch of {settings.batch_size}; "
-                "lower --batch-size or give more images."
-            )
-        self._per_pass = int(per_pass)
+        self._per_pass = images_per_pass(settings, len(images), accelerator.num_processes)
         self.steps_per_epoch = len(images) // settings.batch_size
         self.model = model.to(accelerator.device)
         self._patch_drop = _drop_patches(model, settings.patch_drop)
@@ -349,6 +338,22 @@ class Trainer:
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.state_file} cannot be used ({reason}); start anew with --restart.") from error
+
+
+def images_per_pass(settings: TrainingSettings, images: int, processes: int) -> int:
+    """How many of a batch's images one process takes at a time; `InputError` where a batch cannot be shared out."""
+    shares = processes * settings.accumulation
+    if settings.batch_size % shares:
+        raise InputError(
+            f"A batch of {settings.batch_size} images does not divide into {processes} processes "
+            f"times {settings.accumulation} accumulated passes; choose a multiple."
+        )
+    if images < settings.batch_size:
+        raise InputError(
+            f"The training set has {images} images, fewer than one batch of {settings.batch_size}; "
+            "lower --batch-size or give more images."
+        )
+    return settings.batch_size // shares
 
 
 def _drop_patches(model: nn.Module, share: float) -> nn.Module | None:

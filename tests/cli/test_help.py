@@ -103,6 +103,31 @@ USAGE = {
     "a gate without images": (["verify", "bundle", "--max-drop", "2"], "needs --data"),
     "no images": (["eval", "model"], "--data"),
     "no threads": (["eval", "model", "--data", "x", "--threads", "0"], "--threads"),
+    "no selection images": (["filter", "net", "-o", "out"], "--select-data"),
+    "no training images": (["train", "net", "-o", "out"], "--data"),
+    "no budget": (["search", "net", "--select-data", "x", "-o", "out"], "--budget"),
+    "local without images": (["filter", "n", "--select-data", "x", "--scorer", "local", "-o", "out"], "needs --data"),
+    "images without local": (["filter", "n", "--select-data", "x", "--data", "y", "-o", "out"], "takes none"),
+    "settings without local": (["filter", "n", "--select-data", "x", "--epochs", "3", "-o", "out"], "--scorer local"),
+    "a preset without local": (
+        ["filter", "n", "--select-data", "x", "--preset", "local", "-o", "out"],
+        "--scorer local",
+    ),
+    "unknown scorer": (["filter", "n", "--select-data", "x", "--scorer", "lokal", "-o", "out"], "'local'"),
+    "unknown fitness": (["search", "n", "--fitness", "top5", "-o", "out"], "'top1'"),
+    "unknown sampling": (["train", "n", "--data", "x", "--sampling", "unifrom", "-o", "out"], "'uniform'"),
+    "unknown augmentation": (["train", "n", "--data", "x", "--augmentation", "heavy", "-o", "out"], "'imagenet'"),
+    "no classes kept": (["train", "n", "--data", "x", "--top-k", "0", "-o", "out"], "--top-k"),
+    "no method": (
+        ["compress", "m", "--budget", "macs=50%", "--data", "x", "--eval-data", "y", "-o", "out"],
+        "--method",
+    ),
+    "unknown method of compressing": (["compress", "m", "--method", "svd", "-o", "out"], "'supernet'"),
+    "nothing to prove it on": (
+        ["compress", "m", "--method", "supernet", "--budget", "macs=50%", "-o", "out"],
+        "Missing",
+    ),
+    "epochs that are none": (["compress", "m", "--finetune-epochs", "-1", "-o", "out"], "--finetune-epochs"),
     "half an argument": (["eval", "vit", "--data", "x", "-K", "depth"], "KEY=VALUE"),
 }
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from flora.artifact import sha256_of_file
-from tests.flora_command import leftovers, start_flora
+from tests.flora_command import flora, leftovers, start_flora
 from tests.worked_example import QUICK
 
 PATIENCE_S = 120
@@ -47,6 +48,39 @@ def test_an_interrupted_export_leaves_what_was_there(worked, tmp_path, number, p
     assert leftovers(tmp_path) == []
     assert out.exists() == previous
     assert contents(out) == before
+
+
+def kill_in_second_write() -> None:
+    """Let this process die, as the power fails, when half of its second training state is written."""
+    write, written = torch.save, []
+
+    def write_half(state: object, path: Path) -> None:
+        write(state, path)
+        written.append(path)
+        if len(written) == 2:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = write_half
+
+
+def test_a_training_killed_while_it_writes_its_state_goes_on_from_the_last_whole_one(worked, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    args = ("train", worked.filtered, "--data", worked.training, "--epochs", 3, "--batch-size", 16, "--threads", 1)
+    assert flora(*args, "-o", whole).code == 0
+    process = start_flora(*args, "-o", out, log=tmp_path / "log", before=kill_in_second_write)
+    process.join(PATIENCE_S)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    work = tmp_path / "out.work"
+    (half,) = leftovers(tmp_path)
+    assert half.parent == work
+    kept = torch.load(work / "state.pt", weights_only=True)
+    assert (kept["step"], [line["epoch"] for line in kept["history"]]) == (3, [1])
+    resumed = flora(*args, "-o", out)
+    assert resumed.code == 0, resumed
+    assert contents(out) == contents(whole)
+    assert leftovers(tmp_path) == []
+    assert not work.exists()
 
 
 @pytest.fixture
