@@ -35,6 +35,7 @@ from flora.training.evaluate import logits_of
 
 CALIBRATION_IMAGES = 512
 FILTER_IMAGES = 256
+SEARCH_IMAGES = 2000
 SEARCH = SearchSettings.of_size(24, 6)
 
 
@@ -150,7 +151,7 @@ def road_arm(shop: Workshop, variant: Variant, budgets: tuple[int, ...], keep: P
         trained,
         found,
         SearchRequest(
-            select_data=shop.model.select,
+            select_data=f"{shop.model.select},limit={SEARCH_IMAGES}",
             budgets=tuple(f"macs={budget}%" for budget in budgets),
             settings=SearchSettings.of_size(SEARCH.population, SEARCH.generations, seed=shop.seed),
         ),
