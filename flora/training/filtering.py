@@ -2,9 +2,9 @@
 
 A candidate's error is the mean Kullback-Leibler divergence of the model's probabilities from the dense model's. What
 enters the block is the same for all its candidates: it is computed once, and a candidate costs the block and what lies
-behind it. Not every candidate runs. Each layer's choices are tried alone first, and their errors add up to a
-prediction. Of each cost bin some candidates of the predicted better part are run; the predictions for the others are
-scaled by what those have shown.
+behind it. Not every candidate runs. Each layer's choices are tried alone first, and what they add to the error at full
+rank adds up to a prediction. Of each cost bin some candidates of the predicted better part are run; the predictions
+for the others are scaled by what those have shown.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,15 +68,17 @@ def score_block(
             divergence = (dense.exp() * (dense - logs)).sum(1).mean().item()
             return max(divergence, 0.0), 100 * (logs.argmax(1) == dense.argmax(1)).float().mean().item()
 
-        measured: dict[tuple[Rank, ...], tuple[float, float]] = {}
-        predicted = [0.0] * len(candidates)
+        largest = tuple(full[name] for name in names)
+        measured = {largest: measure(largest)}
+        base = measured[largest][0]
+        predicted = [base] * len(candidates)
         for place, name in enumerate(names):
             alone: dict[Rank, float] = {}
             for rank in space.choices[name]:
                 probe = tuple(rank if other == name else full[other] for other in names)
                 measured[probe] = measured.get(probe) or measure(probe)
                 alone[rank] = measured[probe][0]
-            predicted = [total + alone[c[place]] for total, c in zip(predicted, candidates, strict=True)]
+            predicted = [total + alone[c[place]] - base for total, c in zip(predicted, candidates, strict=True)]
         errors = list(predicted)
         for group in cost_bins(macs, bins):
             better = sorted(group, key=lambda place: predicted[place])
