@@ -1,7 +1,7 @@
 """Run all benchmarks but the long ones, or those named; exits 1 when a bar is missed.
 
-    make bench
-    make bench NAME=factorization
+make bench
+make bench NAME=factorization
 """
 
 import subprocess
