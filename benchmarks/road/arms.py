@@ -28,7 +28,6 @@ from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.search import SearchRequest, search
 from flora.pipeline.train import TrainRequest, train
-from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings
 from flora.training.data import TimmImages
 from flora.training.evaluate import logits_of
@@ -114,7 +113,7 @@ class Workshop:
         return folder
 
     def finetuned(self, compact: LoadedModel, folder: Path, *, epochs: int, teacher: str = "dense") -> LoadedModel:
-        """`compact` after so many epochs; what is in `folder` is used up."""
+        """`compact` after so many epochs; `folder` gets it as it was and as it is then."""
         if not epochs:
             return compact
         save_model(folder / "start", compact.module, compact.config)
@@ -202,8 +201,3 @@ def right_of(result: dict[str, Any]) -> np.ndarray:
     """Which test images are right, [images] bool."""
     bits = np.unpackbits(np.frombuffer(base64.b64decode(result["right"]), np.uint8))
     return bits[: result["images"]].astype(bool)
-
-
-def ranks_of(result: dict[str, Any], model: str) -> RankConfig:
-    """The rank config that an arm has found."""
-    return RankConfig(model=model, ranks=result["ranks"])

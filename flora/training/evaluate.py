@@ -32,11 +32,7 @@ class Accuracy(BaseModel):
     def of_logits(cls, logits: Tensor, labels: Tensor) -> Self:
         """From logits [N, classes] and labels [N]."""
         classes = logits.shape[1]
-        if int(labels.max()) >= classes:
-            raise InputError(
-                f"The images have a label {int(labels.max())}, the model has {classes} classes; "
-                "use the data set that it was trained for."
-            )
+        check_labels(labels, classes, "The images have")
         best = logits.topk(min(5, classes), dim=1).indices
         hits = best == labels[:, None]
         return cls(
@@ -44,6 +40,15 @@ class Accuracy(BaseModel):
             top1=100 * hits[:, 0].double().mean().item(),
             top5=100 * hits.any(1).double().mean().item() if classes > 5 else None,
             loss=F.cross_entropy(logits.float(), labels).item(),
+        )
+
+
+def check_labels(labels: Tensor, classes: int, who_has: str) -> None:
+    """Raise `InputError`, which begins with `who_has`, when a label lies beyond the model's classes."""
+    if int(labels.max()) >= classes:
+        raise InputError(
+            f"{who_has} a label {int(labels.max())}, the model has {classes} classes; "
+            "use the data set that it was trained for."
         )
 
 

@@ -12,6 +12,7 @@ from flora.errors import InputError
 from flora.lowrank.supernet import active_ranks
 from flora.ranks.cost import Rank
 from flora.training.data import TimmImages, eval_transform
+from flora.training.evaluate import check_labels
 from flora.training.processes import spread
 
 Fitness = Literal["top1", "loss", "agreement", "distance"]
@@ -89,11 +90,7 @@ class SubnetScores:
                     f"{images.source.text} has no labels, which the fitness {fitness} needs; "
                     "use --fitness distance or agreement, or one folder for each class."
                 )
-            if int(self._labels.max()) >= (classes := cast(int, supernet.num_classes)):
-                raise InputError(
-                    f"{images.source.text} has a label {int(self._labels.max())}, the model has {classes} classes; "
-                    "use images of the data set that it was trained for."
-                )
+            check_labels(self._labels, cast(int, supernet.num_classes), f"{images.source.text} has")
         elif dense is None:
             raise InputError(f"The fitness {fitness} compares with the dense model, which is missing.")
         else:

@@ -35,6 +35,7 @@ from flora.ranks.sampling import Sampler, sandwich
 from flora.ranks.space import SearchSpace
 from flora.training.alone import Alone
 from flora.training.augmentation import AugmentedImages, seeded
+from flora.training.evaluate import check_labels
 from flora.training.segments import RankSegments
 from flora.training.settings import TrainingSettings
 from flora.training.teacher import EpochAnswers, TeacherCache
@@ -184,11 +185,7 @@ class Trainer:
 
     def _inputs_and_targets(self, batch: tuple[Tensor, ...], answers: EpochAnswers | None) -> tuple[Tensor, Tensor]:
         inputs, labels, indices, seeds = batch
-        if int(labels.max()) >= (classes := cast(int, self.model.num_classes)):
-            raise InputError(
-                f"The training images have a label {int(labels.max())}, the model has {classes} classes; "
-                "use the data set that it was trained for."
-            )
+        check_labels(labels, cast(int, self.model.num_classes), "The training images have")
         inputs, labels = inputs.to(self.accelerator.device), labels.to(self.accelerator.device)
         if self.mixup:
             with seeded(int(seeds[0])):
