@@ -66,8 +66,9 @@ def arms(models: dict[str, RoadModel], runs: Path) -> Iterator[tuple[str, Callab
                 f"inheritance-{seed}-{method}",
                 lambda shop=shop, method=method: inheritance_arm(shop, method, INHERITANCE[1], _yardstick(shop)),
             )
-    shop = Workshop(model=models[SEARCHED[0]], seed=0, runs=runs)
-    yield "search-cost-0", lambda: search_cost_arm(shop, SEARCHED[1])
+    for seed in range(models[SEARCHED[0]].seeds):
+        shop = Workshop(model=models[SEARCHED[0]], seed=seed, runs=runs)
+        yield f"search-cost-{seed}", partial(search_cost_arm, shop, SEARCHED[1])
 
 
 def check(models: dict[str, RoadModel]) -> int:
@@ -100,7 +101,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/road"), help="where supernets lie between arms")
     parser.add_argument("--only", action="append", help="arms to run, as a pattern (repeatable)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after so many minutes")
-    parser.add_argument("--fresh", action="store_true", help="run arms again that have a result")
+    parser.add_argument(
+        "--fresh", action="store_true", help="run arms again that have a result, from what lies in --runs"
+    )
     parser.add_argument("--judge", action="store_true", help="run nothing, judge what is there")
     parser.add_argument("--check", action="store_true", help="evaluate the kept compact models again, and nothing else")
     parser.add_argument("--bf16", action="store_true", help="train in bf16: for processors with instructions for it")

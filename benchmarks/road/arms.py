@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from road.models import DENSE, LAYERS, RoadModel
-from torch import nn
+from torch import Tensor, nn
 
 from flora.lowrank.checkpoint import (
     LoadedModel,
@@ -187,12 +187,15 @@ def evaluated(module: nn.Module, loaded: LoadedModel | LoadedSupernet, model: Ro
     """MACs, top-1 in percent, and which test images are right, as packed bits in base64."""
     settings = loaded.config.preprocessing
     logits, labels = logits_of(module, TimmImages(model.test, settings).loader(250))
-    right = (logits.argmax(1) == labels).numpy()
     cost = trace_cost(module, find_targets(module, ["head"]), settings.input_size)
+    return {"macs": cost.dense_macs, **packed(logits.argmax(1) == labels)}
+
+
+def packed(right: Tensor) -> dict[str, Any]:
+    """Top-1 in percent, and which images are right (bool [images]) as a result holds it."""
     return {
-        "macs": cost.dense_macs,
-        "top1": 100 * float(right.mean()),
-        "right": base64.b64encode(np.packbits(right)).decode(),
+        "top1": 100 * right.double().mean().item(),
+        "right": base64.b64encode(np.packbits(right.numpy())).decode(),
         "images": len(right),
     }
 

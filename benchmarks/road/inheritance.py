@@ -46,12 +46,14 @@ def inheritance_arm(shop: Workshop, method: str, budget: int, yardstick: nn.Modu
         if len(curve) > HITS and all(top1 >= target for _, top1 in curve[-HITS:]):
             raise _Enough
 
+    state_file = shop.folder / f"inheritance-{method}-{budget}.pt"
+    state_file.unlink(missing_ok=True)  # of a run that was stopped, whose curve is lost
     trainer = Trainer(
         start.module,
         AugmentedImages(TimmImages(shop.model.train, preprocessing), settings.augmentation, seed=settings.seed),
         settings,
         accelerator=accelerator(torch.device("cpu"), settings.precision),
-        state_file=shop.folder / f"inheritance-{method}-{budget}.pt",
+        state_file=state_file,
         teacher=Teacher(module=supernet.load_dense().module),
     )
     try:
@@ -59,7 +61,7 @@ def inheritance_arm(shop: Workshop, method: str, budget: int, yardstick: nn.Modu
         steps, censored = trainer.progress.step, True
     except _Enough:
         steps, censored = curve[-HITS][0], False
-    trainer.state_file.unlink(missing_ok=True)
+    state_file.unlink(missing_ok=True)
     return {"steps": steps, "censored": censored, "target": target, "curve": curve}
 
 

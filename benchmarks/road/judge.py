@@ -1,5 +1,6 @@
 """From the results of the arms to the table and the bars of the benchmark `paper_road`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -10,6 +11,7 @@ from road.arms import ABLATIONS, right_of
 from road.models import RoadModel
 
 RESAMPLES = 1000
+GRID = 200
 HEADLINE_POINTS = 0.3
 SAVED_AGAINST = {"svd": 0.33, "activation": 0.15}
 
@@ -38,39 +40,33 @@ def _seeds(results: Mapping[str, Any], model: RoadModel, *arms: str) -> list[lis
 
 
 def _headline(model: RoadModel, results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -> None:
-    seeds = _seeds(results, model, "yardstick", "road")
-    for budget in model.budgets:
-        pairs = [(right_of(yardstick), right_of(road["budgets"][str(budget)])) for yardstick, road in seeds]
-        if not pairs:
-            return
-        drop, low, high = _difference(pairs)
-        top1 = fmean(100 * road.mean() for _, road in pairs)
-        rows.append(
-            [
-                "road",
-                model.name,
-                f"{budget} %",
-                f"{top1:.2f}",
-                _points(low, high),
-                f"{-drop:+.2f} yardstick",
-            ]
-        )
+    dense = results.get(f"{model.name}-0-dense")
+    seeds = [] if dense is None else _seeds(results, model, "yardstick", "road")
+    for budget in model.budgets if seeds else ():
+        found = [right_of(road["budgets"][str(budget)]) for _, road in seeds]
+        beside = {
+            "yardstick": _difference([(right_of(yard), one) for (yard, _), one in zip(seeds, found, strict=True)]),
+            "dense": _difference([(right_of(dense), one) for one in found]),
+        }
+        top1 = fmean(100 * one.mean() for one in found)
+        for what, (drop, low, high) in beside.items():
+            rows.append(["road", model.name, f"{budget} %", f"{top1:.2f}", _points(low, high), f"{-drop:+.2f} {what}"])
         if budget == model.headline:
-            name = f"{model.name}: points lost against the yardstick at {budget} %, {len(pairs)} seed(s)"
-            bars.append(at_most(name, drop, HEADLINE_POINTS))
+            name = f"{model.name}: points lost against the yardstick at {budget} %, {len(seeds)} seed(s)"
+            bars.append(at_most(name, beside["yardstick"][0], HEADLINE_POINTS))
 
 
 def _against_uniform(model: RoadModel, results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -> None:
     for method, least in SAVED_AGAINST.items():
         uniform = [f"uniform-{method}-{budget}" for budget in model.budgets]
-        seeds = _seeds(results, model, "yardstick", "road", *uniform)
+        seeds = _seeds(results, model, "road", *uniform)
         if not seeds:
             continue
         for place, budget in enumerate(model.budgets):
-            top1 = fmean(line[2 + place]["top1"] for line in seeds)
-            before = fmean(line[2 + place]["top1_before"] for line in seeds)
+            top1 = fmean(line[1 + place]["top1"] for line in seeds)
+            before = fmean(line[1 + place]["top1_before"] for line in seeds)
             rows.append([f"uniform, {method}", model.name, f"{budget} %", f"{top1:.2f}", "", f"{before:.2f} untrained"])
-        saved, low, high = _saved([([*line[1]["budgets"].values(), line[0]], line[2:]) for line in seeds])
+        saved, low, high = _saved([(list(line[0]["budgets"].values()), line[1:]) for line in seeds])
         rows.append(
             [f"MACs saved against uniform, {method}", model.name, "", f"{saved:.1%}", f"{low:.1%} to {high:.1%}", ""]
         )
@@ -118,21 +114,14 @@ def _search_cost(results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -
     found = [result for name, result in results.items() if name.startswith("search-cost-")]
     if not found:
         return
-    for one in found:
-        ours, paper = one["ours"], one["paper"]
-        rows.append(
-            [
-                "search, image-forwards",
-                "fashion7",
-                "15 %",
-                f"{ours['image_forwards']:,.0f}",
-                "",
-                f"{paper['image_forwards']:,} paper's; {ours['rescored_top1']:.2f} and {paper['rescored_top1']:.2f}",
-            ]
-        )
-    reached = all(one["ours"]["reached"] for one in found)
-    ratio = fmean(one["ours"]["image_forwards"] / one["paper"]["image_forwards"] for one in found)
-    bars.append(at_most("search: image-forwards over the paper's, to a subnet as good", ratio if reached else 99, 0.1))
+    lost, low, high = _difference([(right_of(one["paper"]), right_of(one["ours"])) for one in found])
+    spent = fmean(one["initial_image_forwards"] + one["ours"]["image_forwards"] for one in found)
+    paper = fmean(one["paper"]["image_forwards"] for one in found)
+    top1 = fmean(one["ours"]["top1"] for one in found)
+    beside = f"{-lost:+.2f} the paper's settings, {paper:,.0f}"
+    rows.append([f"search, {spent:,.0f} image-forwards", "fashion7", "15 %", f"{top1:.2f}", _points(low, high), beside])
+    bars.append(at_most(f"search: image-forwards over the paper's, {len(found)} seed(s)", spent / paper, 0.1))
+    bars.append(at_most("search: points lost against the paper's subnet, on other images", lost, 0))
 
 
 def _step_cost(results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -> None:
@@ -157,20 +146,20 @@ def _difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, 
 
 
 def _saved(seeds: Sequence[tuple[list[Any], list[Any]]]) -> tuple[float, float, float]:
-    """MACs that the road saves at the accuracy of uniform ranks, with a 95 % bootstrap interval over images.
+    """MACs that the road saves at equal accuracy beside uniform ranks, with a 95 % bootstrap interval over images.
 
-    Each seed gives the road's results, the yardstick among them, and those of uniform ranks. What is saved is averaged
-    over the uniform results and the seeds.
+    Each seed gives the road's results and those of uniform ranks. As in Bjontegaard's rate difference, the logarithm of
+    the ratio of their MACs is averaged over the accuracies that both curves reach.
     """
-    macs = [tuple(np.array([one["macs"] for one in part]) for part in pair) for pair in seeds]
+    macs = [tuple(np.log([one["macs"] for one in part]) for part in pair) for pair in seeds]
     right = [tuple(np.stack([right_of(one) for one in part]) for part in pair) for pair in seeds]
 
     def saved(images: np.ndarray | slice) -> float:
-        return fmean(
-            1 - _macs_for(uniform[place, images].mean(), road_macs, road[:, images].mean(1)) / cost
+        ratios = [
+            _log_ratio((road_macs, road[:, images].mean(1)), (uniform_macs, uniform[:, images].mean(1)))
             for (road_macs, uniform_macs), (road, uniform) in zip(macs, right, strict=True)
-            for place, cost in enumerate(uniform_macs)
-        )
+        ]
+        return 1 - math.exp(fmean(ratios))
 
     rng = np.random.default_rng(0)
     count = right[0][0].shape[1]
@@ -178,11 +167,28 @@ def _saved(seeds: Sequence[tuple[list[Any], list[Any]]]) -> tuple[float, float, 
     return saved(slice(None)), *(float(value) for value in np.percentile(drawn, [2.5, 97.5]))
 
 
-def _macs_for(accuracy: float, macs: np.ndarray, accuracies: np.ndarray) -> float:
-    """MACs at which models with these `macs` reach `accuracy`, by linear interpolation.
+Curve = tuple[np.ndarray, np.ndarray]
 
-    Below the cheapest it is that model's MACs, above the best that of the dearest: either speaks against the models.
+
+def _log_ratio(first: Curve, second: Curve) -> float:
+    """Mean logarithm of the first curve's MACs over the second's, of curves of the logarithm of MACs and accuracy.
+
+    Where the curves share no accuracy, the worst model of the better one is set against the best of the other.
     """
+    rising = [_rising(*curve) for curve in (first, second)]
+    low = max(accuracies[0] for _, accuracies in rising)
+    high = min(accuracies[-1] for _, accuracies in rising)
+    if high < low:
+        better = rising[0][1][0] >= rising[1][1][-1]
+        places = (0, -1) if better else (-1, 0)
+        return float(rising[0][0][places[0]] - rising[1][0][places[1]])
+    grid = np.linspace(low, high, GRID)
+    ours, theirs = (np.interp(grid, accuracies, macs) for macs, accuracies in rising)
+    return float(np.mean(ours - theirs))
+
+
+def _rising(macs: np.ndarray, accuracies: np.ndarray) -> Curve:
+    """The models that no cheaper one equals or beats, by ascending MACs."""
     order = np.argsort(macs)
     reached, first = np.unique(np.maximum.accumulate(accuracies[order]), return_index=True)
-    return float(np.interp(accuracy, reached, macs[order][first]))
+    return macs[order][first], reached

@@ -80,7 +80,7 @@ def road_models(
             **images,
         ),
         "swin": RoadModel(
-            name="swin", budgets=(58,), headline=58, space="eighths", seeds=1, training=training(2), **images
+            name="swin", budgets=(58,), headline=58, space="eighths", seeds=1, training=training(4), **images
         ),
     }
     colour = {
