@@ -1,5 +1,7 @@
 """A job goes on with the settings that it was begun with, and nothing that is not its own is touched."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,10 @@ from flora.errors import InputError
 from flora.resume import SETTINGS, Job, WorkFolder
 
 GIVEN = {"budget": "macs=45%", "seed": 0, "sizes": (1, 2)}
+
+
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
 
 
 def begin(out: Path, settings: dict, *, restart: bool = False) -> WorkFolder:
@@ -66,10 +72,10 @@ def test_a_long_setting_is_named_in_brief(out: Path):
     assert len(str(refused.value)) < 600
 
 
-@pytest.mark.parametrize("content", [b"", b'{"seed": ', b"null", b"7", b'"text"', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b'{"seed": ', b"null", b"7", b'"text"', b'{"settings": 5}', b"\xff\xfe"])
 def test_damaged_settings_are_refused_by_their_file(work: WorkFolder, out: Path, content: bytes):
     work.file(SETTINGS).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{SETTINGS} cannot be read.*--restart"):
+    with pytest.raises(InputError, match=rf"{SETTINGS} (is not a valid Job|cannot be read).*--restart"):
         begin(out, GIVEN)
 
 
@@ -116,6 +122,32 @@ def test_remove_takes_the_whole_folder_and_not_the_output(work: WorkFolder, out:
     work.remove()
     assert not work.path.exists()
     assert out.is_dir()
+
+
+@pytest.mark.parametrize(("place", "name", "stays"), [(Path, "rename", True), (shutil, "rmtree", False)])
+def test_killed_while_it_is_removed_the_folder_is_whole_or_gone(work, out, monkeypatch, place, name, stays: bool):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            work.remove()
+    assert work.path.exists() == work.file("state.pt").is_file() == work.file(SETTINGS).is_file() == stays
+    begin(out, GIVEN | {"seed": 1}, restart=True)
+
+
+def test_checking_writes_nothing(out: Path, work: WorkFolder):
+    WorkFolder.of(out.with_name("other")).check(Job(settings=GIVEN))
+    work.check(Job(settings=GIVEN | {"seed": 1}), restart=True)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["trained.work"]
+    assert work.file("state.pt").is_file()
+
+
+def test_an_output_is_a_jobs_where_it_holds_all_its_settings(out: Path):
+    job = Job(settings=GIVEN)
+    assert not job.is_in(out)
+    job.save(out / SETTINGS)
+    assert Job(settings=json.loads(json.dumps(GIVEN))).is_in(out)
+    for other in (GIVEN | {"seed": 1}, GIVEN | {"more": None}, {"seed": 0}):
+        assert not Job(settings=other).is_in(out)
 
 
 def test_remove_leaves_a_folder_of_something_else(tmp_path: Path):
