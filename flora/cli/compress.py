@@ -35,7 +35,11 @@ from flora.cli.options import (
 )
 @click.option("--budget", required=True, metavar="BUDGET", help="macs=45% of the dense model, macs=2.7G or params=12M.")
 @click.option("--data", metavar="IMAGES", required=True, help=f"Training images: {IMAGES_HELP}.")
-@click.option("--select-data", metavar="IMAGES", help="Images to choose by (default: every tenth training image).")
+@click.option(
+    "--select-data",
+    metavar="IMAGES",
+    help="Images to choose by (default: every tenth training image); filter takes 2000, search 5000.",
+)
 @click.option("--calib-data", metavar="IMAGES", help="Calibration images (default: 512 of the training images).")
 @click.option(
     "--eval-data", metavar="IMAGES", required=True, help="Images that nothing else has seen, read once at the end."

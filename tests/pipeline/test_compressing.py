@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from flora.artifact import sha256_of_file
@@ -22,6 +23,7 @@ from flora.lowrank.checkpoint import (
     load_supernet,
     save_model,
 )
+from flora.lowrank.weights import save_weights
 from flora.pipeline.compress import CompressRequest, compress
 from flora.pipeline.export import ExportRequest
 from flora.ranks.config import RankConfig
@@ -413,6 +415,14 @@ def test_a_teacher_that_does_not_fit_is_refused_at_once(worked, tmp_path):
         with pytest.raises(InputError, match=says):
             run(worked, tmp_path / "out", request(worked, teacher=str(teacher)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "input"]
+
+
+def test_the_checkpoint_of_a_teacher_by_name_is_read(worked, tmp_path):
+    save_weights(tmp_path / "teacher.safetensors", timm.create_model(MODEL, num_classes=10).state_dict())
+    asked = request(worked, teacher=MODEL, teacher_checkpoint=tmp_path / "teacher.safetensors")
+    with pytest.raises(InputError, match=r"The teacher takes images of \(3, 224, 224\)"):
+        run(worked, tmp_path / "out", asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
 
 
 def test_a_model_that_cannot_leave_out_patches_is_refused_at_once(worked, tmp_path):
