@@ -71,6 +71,12 @@ class ImageSetSpec:
         return [taken[i * len(taken) // self.limit] for i in range(self.limit)]
 
 
+def at_most(text: str, limit: int) -> str:
+    """The image set `text` with no more than `limit` images; a lower limit that it has stays."""
+    given = ImageSetSpec.parse(text).limit
+    return text if given is not None and given <= limit else f"{text},limit={limit}"
+
+
 def _fold(text: str, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None

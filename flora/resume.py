@@ -1,19 +1,43 @@
-"""What a long job keeps beside its output until it is done, so that the same command goes on where it was stopped."""
+"""What a long job keeps, so that the same command goes on where it was stopped and does nothing twice.
+
+The settings of a job lie in its work folder `OUT.work` until it is done, and in its output from then on. An output is
+written whole or not at all, so one that holds the settings of a job is what the job would write.
+"""
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from flora.artifact import new_file
+from pydantic import field_validator
+
+from flora.artifact import Document
 from flora.errors import InputError, few
 
 SETTINGS = "settings.json"
 
 
+class Job(Document):
+    """`settings.json`: what the result of a job depends on, JSON values; images and weights by their digests."""
+
+    kind: Literal["flora job"] = "flora job"
+    settings: dict[str, Any]
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _from_json(cls, settings: Any) -> Any:
+        """Through JSON and back, so that tuples and lists compare equal."""
+        return json.loads(json.dumps(settings))
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether `folder` is this job's: the finished output, or the work folder."""
+        file = Path(folder) / SETTINGS
+        return file.is_file() and Job.load(file) == self
+
+
 class WorkFolder:
-    """The folder `OUT.work`: the settings of a job, and the files with which it resumes."""
+    """The folder `OUT.work`: the settings of an unfinished job, and the files with which it resumes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,44 +48,43 @@ class WorkFolder:
         out = Path(out).absolute()
         return cls(out.with_name(f"{out.name}.work"))
 
-    @classmethod
-    def open(cls, out: Path, settings: Mapping[str, Any], *, restart: bool = False) -> Self:
-        """The work folder of the job that writes `out`; made when there is none, emptied with `restart`.
-
-        `settings` (JSON values) is what the result depends on: `InputError` where an unfinished job had others.
-        """
-        work = cls.of(out)
-        if restart:
-            work.remove()
-        file = work.path / SETTINGS
-        # Through JSON and back, so that tuples and lists compare equal.
-        given = json.loads(json.dumps(settings))
+    def check(self, job: Job, *, restart: bool = False) -> None:
+        """Raise `InputError` where the folder is not flora's or, without `restart`, of a job with other settings."""
+        file = self.path / SETTINGS
         if not file.is_file():
-            if work.path.exists() and (not work.path.is_dir() or any(map(_is_foreign, work.path.iterdir()))):
-                raise InputError(f"{work.path} is in the way: it is no work folder of flora. Move or remove it.")
-            with new_file(file) as partial:
-                partial.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
-            return work
+            if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
+                raise InputError(f"{self.path} is in the way: it is no work folder of flora. Move or remove it.")
+            return
+        if restart:
+            return
         try:
-            before = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{file} cannot be read: {error}. Start anew with --restart.") from error
+            before, given = Job.load(file).settings, job.settings
+        except InputError as error:
+            raise InputError(f"{error} Start anew with --restart.") from error
         changed = [key for key in given.keys() | before.keys() if given.get(key) != before.get(key)]
         if changed:
             details = few(f"{key}: {_short(before.get(key))}, now {_short(given.get(key))}" for key in sorted(changed))
             raise InputError(
-                f"{work.path} holds an unfinished job with other settings ({details}). "
+                f"{self.path} holds an unfinished job with other settings ({details}). "
                 "Type the former command to go on with it, or add --restart to start anew."
             )
-        return work
+
+    def open(self, job: Job, *, restart: bool = False) -> None:
+        """Make the folder where there is none; empty it with `restart`."""
+        self.check(job, restart=restart)
+        if restart:
+            self.remove()
+        if not (self.path / SETTINGS).is_file():
+            job.save(self.path / SETTINGS)
 
     def file(self, name: str) -> Path:
         return self.path / name
 
     def remove(self) -> None:
-        """Delete the folder and all in it."""
+        """Delete the folder and all in it; to whatever kills this, it is there whole or not at all."""
         if (self.path / SETTINGS).is_file():
-            shutil.rmtree(self.path)
+            gone = tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".previous", dir=self.path.parent)
+            shutil.rmtree(self.path.rename(gone))
 
 
 def _is_foreign(path: Path) -> bool:

@@ -12,8 +12,12 @@ from export.onnx import onnx_from_module
 from export.runners import CPU, OnnxRunner
 from flora.lowrank.supernet import active_ranks, build_supernet
 from flora.lowrank.targets import find_targets, trace_cost
+from flora.ranks.space import space_from_ratios
 from flora.ranks.uniform import uniform_ranks
+from flora.training.data import TimmImages
 from flora.training.evaluate import logits_of
+from flora.training.filtering import _Replay, score_block
+from flora.training.selection import SelectionImages, log_probabilities
 from tests.samples import GREY, IMAGE, random_images, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +57,18 @@ def test_a_supernet_built_on_the_gpu_computes_what_one_built_on_the_cpu_does():
         with torch.inference_mode(), active_ranks(model, uniform_ranks(cost, 0.4)):
             outputs.append(model(images.to(device)).cpu())
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-2)
+
+
+def test_filtering_on_the_gpu_scores_as_on_the_cpu_and_keeps_its_inputs_off_it(supernet, vit_cost, image_folder):
+    images = SelectionImages(TimmImages(str(image_folder), GREY), batch_size=8)
+    dense = log_probabilities(tiny_model("vit"), images)
+    space = space_from_ratios(vit_cost, [0.2, 1])
+    on_cpu = score_block(supernet, space, vit_cost, 1, images, dense)
+    supernet.cuda()
+    on_gpu = score_block(supernet, space, vit_cost, 1, images, dense)
+    assert on_gpu.errors == pytest.approx(on_cpu.errors, rel=1e-2, abs=1e-4)
+    with active_ranks(supernet, space.largest()), _Replay(supernet, space, 1, images) as replay:
+        assert {kept.device.type for kept in replay._inputs} == {"cpu"}
 
 
 def test_onnx_runtime_on_the_gpu_equals_the_cpu(onnx_file: Path):

@@ -1,9 +1,11 @@
 """An image set is named by one text, takes evenly spaced images, and shares none with another."""
 
+import dataclasses
+
 import pytest
 
 from flora.errors import InputError
-from flora.imagesets import ImageSetRecord, ImageSetSpec, image_digest
+from flora.imagesets import ImageSetRecord, ImageSetSpec, at_most, image_digest
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,12 @@ def test_a_limit_takes_images_evenly_spaced(length: int, limit: int):
 @pytest.mark.parametrize("limit", ["", ",limit=10", ",limit=11"])
 def test_all_images_are_taken_without_a_limit_below_their_number(limit: str):
     assert list(ImageSetSpec.parse(f"photos{limit}").indices(10)) == list(range(10))
+
+
+@pytest.mark.parametrize(("text", "limit"), [("photos", 5), ("photos,fold=1/2", 5), ("p,limit=9", 5), ("p,limit=3", 3)])
+def test_a_set_is_cut_to_a_number_of_images_and_a_lower_limit_stays(text: str, limit: int):
+    cut = ImageSetSpec.parse(at_most(text, 5))
+    assert cut == dataclasses.replace(ImageSetSpec.parse(text), limit=limit)
 
 
 def _record(*contents: bytes, spec: str = "photos") -> ImageSetRecord:

@@ -1,13 +1,25 @@
 """A job goes on with the settings that it was begun with, and nothing that is not its own is touched."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from flora.errors import InputError
-from flora.resume import SETTINGS, WorkFolder
+from flora.resume import SETTINGS, Job, WorkFolder
 
 GIVEN = {"budget": "macs=45%", "seed": 0, "sizes": (1, 2)}
+
+
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def begin(out: Path, settings: dict, *, restart: bool = False) -> WorkFolder:
+    work = WorkFolder.of(out)
+    work.open(Job(settings=settings), restart=restart)
+    return work
 
 
 @pytest.fixture
@@ -18,18 +30,18 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def work(out: Path) -> WorkFolder:
     """The folder of a job that was stopped after it had written a file."""
-    work = WorkFolder.open(out, GIVEN)
+    work = begin(out, GIVEN)
     work.file("state.pt").write_bytes(b"state")
     return work
 
 
 def test_the_work_folder_lies_beside_the_output_which_is_not_made(out: Path):
-    assert WorkFolder.open(out, GIVEN).path == out.with_name("trained.work")
+    assert begin(out, GIVEN).path == out.with_name("trained.work")
     assert not out.exists()
 
 
 def test_the_same_settings_find_what_was_kept(work: WorkFolder, out: Path):
-    again = WorkFolder.open(out, dict(reversed(GIVEN.items())) | {"sizes": [1, 2]})
+    again = begin(out, dict(reversed(GIVEN.items())) | {"sizes": [1, 2]})
     assert again.file("state.pt").read_bytes() == b"state"
 
 
@@ -44,36 +56,36 @@ def test_the_same_settings_find_what_was_kept(work: WorkFolder, out: Path):
 )
 def test_other_settings_are_refused_naming_what_differs_and_nothing_else(work, out, change: dict, difference: str):
     with pytest.raises(InputError, match=rf"trained\.work .*other settings {difference}.*--restart"):
-        WorkFolder.open(out, GIVEN | change)
+        begin(out, GIVEN | change)
     assert work.file("state.pt").read_bytes() == b"state"
 
 
 def test_a_setting_that_is_missing_is_named(work: WorkFolder, out: Path):
     with pytest.raises(InputError, match="seed: 0, now null"):
-        WorkFolder.open(out, {key: value for key, value in GIVEN.items() if key != "seed"})
+        begin(out, {key: value for key, value in GIVEN.items() if key != "seed"})
 
 
 def test_a_long_setting_is_named_in_brief(out: Path):
-    WorkFolder.open(out, {"space": "a" * 5000})
+    begin(out, {"space": "a" * 5000})
     with pytest.raises(InputError, match=r'space: "a+\.\.\., now "b+\.\.\.') as refused:
-        WorkFolder.open(out, {"space": "b" * 5000})
+        begin(out, {"space": "b" * 5000})
     assert len(str(refused.value)) < 600
 
 
-@pytest.mark.parametrize("content", [b"", b'{"seed": ', b"null", b"7", b'"text"', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b'{"seed": ', b"null", b"7", b'"text"', b'{"settings": 5}', b"\xff\xfe"])
 def test_damaged_settings_are_refused_by_their_file(work: WorkFolder, out: Path, content: bytes):
     work.file(SETTINGS).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{SETTINGS} cannot be read.*--restart"):
-        WorkFolder.open(out, GIVEN)
+    with pytest.raises(InputError, match=rf"{SETTINGS} (is not a valid Job|cannot be read).*--restart"):
+        begin(out, GIVEN)
 
 
 @pytest.mark.parametrize("content", [None, b"null"], ids=["whole", "damaged"])
 def test_restart_throws_away_what_was_kept_and_takes_the_new_settings(work: WorkFolder, out: Path, content):
     if content is not None:
         work.file(SETTINGS).write_bytes(content)
-    WorkFolder.open(out, GIVEN | {"seed": 1}, restart=True)
+    begin(out, GIVEN | {"seed": 1}, restart=True)
     assert [path.name for path in work.path.iterdir()] == [SETTINGS]
-    WorkFolder.open(out, GIVEN | {"seed": 1})
+    begin(out, GIVEN | {"seed": 1})
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -82,7 +94,7 @@ def test_a_folder_of_something_else_is_in_the_way_and_left_alone(out: Path, rest
     folder.mkdir()
     (folder / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"trained\.work is in the way"):
-        WorkFolder.open(out, GIVEN, restart=restart)
+        begin(out, GIVEN, restart=restart)
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
@@ -91,7 +103,7 @@ def test_a_file_is_in_the_way_and_left_alone(out: Path, restart: bool):
     file = out.with_name("trained.work")
     file.write_text("mine")
     with pytest.raises(InputError, match=r"trained\.work is in the way"):
-        WorkFolder.open(out, GIVEN, restart=restart)
+        begin(out, GIVEN, restart=restart)
     assert file.read_text() == "mine"
 
 
@@ -101,8 +113,8 @@ def test_a_folder_that_no_job_has_begun_in_is_taken(out: Path, leftover: str | N
     folder.mkdir()
     if leftover:
         (folder / leftover).write_text('{"seed"')
-    WorkFolder.open(out, GIVEN)
-    WorkFolder.open(out, GIVEN)
+    begin(out, GIVEN)
+    begin(out, GIVEN)
 
 
 def test_remove_takes_the_whole_folder_and_not_the_output(work: WorkFolder, out: Path):
@@ -110,6 +122,32 @@ def test_remove_takes_the_whole_folder_and_not_the_output(work: WorkFolder, out:
     work.remove()
     assert not work.path.exists()
     assert out.is_dir()
+
+
+@pytest.mark.parametrize(("place", "name", "stays"), [(Path, "rename", True), (shutil, "rmtree", False)])
+def test_killed_while_it_is_removed_the_folder_is_whole_or_gone(work, out, monkeypatch, place, name, stays: bool):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            work.remove()
+    assert work.path.exists() == work.file("state.pt").is_file() == work.file(SETTINGS).is_file() == stays
+    begin(out, GIVEN | {"seed": 1}, restart=True)
+
+
+def test_checking_writes_nothing(out: Path, work: WorkFolder):
+    WorkFolder.of(out.with_name("other")).check(Job(settings=GIVEN))
+    work.check(Job(settings=GIVEN | {"seed": 1}), restart=True)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["trained.work"]
+    assert work.file("state.pt").is_file()
+
+
+def test_an_output_is_a_jobs_where_it_holds_all_its_settings(out: Path):
+    job = Job(settings=GIVEN)
+    assert not job.is_in(out)
+    job.save(out / SETTINGS)
+    assert Job(settings=json.loads(json.dumps(GIVEN))).is_in(out)
+    for other in (GIVEN | {"seed": 1}, GIVEN | {"more": None}, {"seed": 0}):
+        assert not Job(settings=other).is_in(out)
 
 
 def test_remove_leaves_a_folder_of_something_else(tmp_path: Path):
@@ -120,7 +158,7 @@ def test_remove_leaves_a_folder_of_something_else(tmp_path: Path):
 
 def test_a_relative_output_means_one_folder_wherever_the_process_goes(out: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    work = WorkFolder.open(Path("trained"), GIVEN)
+    work = begin(Path("trained"), GIVEN)
     monkeypatch.chdir("/")
     assert work.file(SETTINGS).is_file()
     assert work.path == out.with_name("trained.work")

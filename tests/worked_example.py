@@ -30,7 +30,7 @@ GENERATIONS = ("--population", 8, "--parents", 3, "--mutants", 3, "--crossovers"
 
 
 class WorkedExample:
-    """Folders under `root`; `outcomes` keeps what each command said."""
+    """Folders under `root`; `typed` keeps each command, and `outcomes` what it said."""
 
     calibration = f"{FASHION / 'calibration.tar'},limit=64"
     training = f"{FASHION / 'selection.tar'},except=1/3,limit=48"
@@ -41,6 +41,7 @@ class WorkedExample:
         root.mkdir()
         self.root = root
         self.outcomes: dict[str, Outcome] = {}
+        self.typed: dict[str, tuple[object, ...]] = {}
 
     @cached_property
     def dense(self) -> Path:
@@ -131,7 +132,8 @@ class WorkedExample:
 
     def _made(self, command: str, *args: object) -> Path:
         out = self.root / command
-        outcome = flora(command, *args, "-o", out)
+        self.typed[command] = (command, *args, "-o", out)
+        outcome = flora(*self.typed[command])
         assert outcome.code == 0, outcome
         self.outcomes[command] = outcome
         return out

@@ -12,6 +12,7 @@ from flora.cli.options import (
     model_options,
     out_option,
     parse_model_kwargs,
+    restart_option,
     set_threads,
     space_options,
     split_names,
@@ -44,6 +45,7 @@ from flora.cli.options import (
 @workers_option
 @device_option
 @threads_option
+@restart_option
 @json_option
 def command(
     model: str,
@@ -60,6 +62,7 @@ def command(
     workers: int,
     device: str,
     threads: int | None,
+    restart: bool,
     as_json: bool,
 ) -> None:
     """Factorize a trained MODEL into a supernet.
@@ -72,7 +75,7 @@ def command(
     if method == "svd" and data:
         raise click.UsageError("--method svd looks at no images; leave --data out.")
     set_threads(threads)
-    from flora.cli.output import millions, print_json, print_next, print_table, progress
+    from flora.cli.output import millions, print_json, print_next, print_table, progress, say_when_done
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.build import build
 
@@ -89,6 +92,8 @@ def command(
             keep_redundant=keep_redundant,
             batch_size=batch_size,
             workers=workers,
+            restart=restart,
+            on_start=say_when_done(out),
             on_layer=lambda name: advance(1),
         )
     cost = supernet.config.cost

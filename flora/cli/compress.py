@@ -14,10 +14,10 @@ from flora.cli.options import (
     model_options,
     out_option,
     parse_model_kwargs,
-    restart_option,
     set_threads,
     split_names,
     targets_option,
+    teacher_options,
     threads_option,
     torch_device,
     training_options,
@@ -35,7 +35,11 @@ from flora.cli.options import (
 )
 @click.option("--budget", required=True, metavar="BUDGET", help="macs=45% of the dense model, macs=2.7G or params=12M.")
 @click.option("--data", metavar="IMAGES", required=True, help=f"Training images: {IMAGES_HELP}.")
-@click.option("--select-data", metavar="IMAGES", help="Images to choose by (default: every tenth training image).")
+@click.option(
+    "--select-data",
+    metavar="IMAGES",
+    help="Images to choose by (default: every tenth training image); filter takes 2000, search 5000.",
+)
 @click.option("--calib-data", metavar="IMAGES", help="Calibration images (default: 512 of the training images).")
 @click.option(
     "--eval-data", metavar="IMAGES", required=True, help="Images that nothing else has seen, read once at the end."
@@ -50,7 +54,7 @@ from flora.cli.options import (
 @fitness_option
 @click.option("--population", type=int, default=50, show_default=True, help="Configs in a generation of the search.")
 @click.option("--generations", type=int, default=20, show_default=True, help="Generations after the first one.")
-@click.option("--teacher", default="dense", show_default=True, help="dense, none, a model folder or a timm name.")
+@teacher_options
 @training_options("default")
 @click.option(
     "--finetune-epochs",
@@ -61,7 +65,12 @@ from flora.cli.options import (
 @workers_option
 @device_option
 @threads_option
-@restart_option
+@click.option(
+    "--restart",
+    is_flag=True,
+    help="Throw away what an unfinished step has left. Finished steps stay where they fit (to do all again, remove "
+    "OUT.work).",
+)
 @json_option
 def command(
     model: str,
@@ -83,6 +92,7 @@ def command(
     population: int,
     generations: int,
     teacher: str,
+    teacher_checkpoint: Path | None,
     finetune_epochs: int | None,
     max_drop: float,
     workers: int,
@@ -95,8 +105,8 @@ def command(
     """Compress a trained MODEL to a budget, and ship it with proof.
 
     Builds a supernet, filters its candidates, trains it, searches it, materializes and fine-tunes what was found,
-    exports and verifies. What the steps make stays in OUT.work; stopped, the same command goes on. Exit code 3 when a
-    gate fails.
+    exports and verifies. What the steps make stays in OUT.work. Stopped, the same command goes on; with other
+    options or other images, the steps that depend on them are done again. Exit code 3 when a gate fails.
     """
     set_threads(threads)
     from flora.cli.output import status
@@ -127,6 +137,7 @@ def command(
         fitness=fitness,  # type: ignore[arg-type]
         search=SearchSettings.of_size(population, generations, seed=training["seed"] or 0),
         teacher=teacher,
+        teacher_checkpoint=teacher_checkpoint,
         device=where,
         workers=workers,
         restart=restart,

@@ -57,14 +57,14 @@ def command(
 
     Every block is judged with the others at full rank: by how far the model's probabilities move from the dense
     model's. The best share of each cost bin stays, and always the smallest and the full ranks. Stopped, the same
-    command goes on; under torchrun the blocks are spread over the processes.
+    command goes on; finished, it does nothing. Under torchrun the blocks are spread over the processes.
     """
     if (scorer == "local") != (data is not None):
         raise click.UsageError("--scorer local trains, so it needs --data IMAGES; the training-free one takes none.")
     if scorer != "local" and any(value is not None for value in training.values()):
         raise click.UsageError("Training options belong to --scorer local.")
     set_threads(threads)
-    from flora.cli.output import millions, print_json, print_next, print_table, progress
+    from flora.cli.output import millions, print_json, print_next, print_table, progress, say_when_done
     from flora.cli.training import settings_from_options
     from flora.lowrank.checkpoint import load_supernet
     from flora.pipeline.filter import FilterRequest, filter_space
@@ -85,7 +85,11 @@ def command(
     )
     before = load_supernet(supernet).config
     with progress("scoring blocks", len(before.space.blocks), hidden=as_json or not is_main()) as advance:
-        filtered, report = filter_space(supernet, out, request, on_block=lambda scores: advance(1))
+        filtered, report = filter_space(
+            *(supernet, out, request),
+            on_start=say_when_done(out, hidden=not is_main()),
+            on_block=lambda scores: advance(1),
+        )
     if not is_main():
         return
     ranges = [reachable_macs(config.space, config.cost) for config in (before, filtered.config)]

@@ -45,8 +45,30 @@ fitness_option = click.option(
     help="How configs are judged. loss, top1: by the labels; distance, agreement: by the dense model, without labels.",
 )
 restart_option = click.option(
-    "--restart", is_flag=True, help="Throw away what a stopped run of this command has left, and start anew."
+    "--restart",
+    is_flag=True,
+    help="Start anew: go on with nothing that a stopped run has left, and do what is finished again.",
 )
+
+
+def teacher_options(command: Callable) -> Callable:
+    """Which model to learn from."""
+    for decorator in (
+        click.option(
+            "--teacher-checkpoint",
+            type=click.Path(path_type=Path),
+            help="Weights of a teacher that is named by timm's name.",
+        ),
+        click.option(
+            "--teacher",
+            default="dense",
+            show_default=True,
+            help="Model to learn from: dense (MODEL, or the one that it came from), none, a model folder, or a timm "
+            "name.",
+        ),
+    ):
+        command = decorator(command)
+    return command
 
 
 def training_options(preset: str) -> Callable:

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -34,6 +36,16 @@ def print_next(wrote: str, command: str | None = None) -> None:
     print(f"Wrote {wrote}")
     if command:
         print(f"Next: {command}")
+
+
+def say_when_done(out: Path, *, hidden: bool = False) -> Callable[[bool], None]:
+    """A function to call when a job starts: it says on stderr when `out` is finished already."""
+
+    def say(done: bool) -> None:
+        if done and not hidden:
+            click.echo(f"flora: {out} is finished; there is nothing to do. --restart does it again.", err=True)
+
+    return say
 
 
 @contextmanager

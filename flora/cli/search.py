@@ -72,11 +72,11 @@ def command(
     """Find the best ranks of SUPERNET within one or several budgets, by evolution.
 
     Writes the ranks for each budget, the Pareto set of all that was evaluated, the history and figures. Stopped, the
-    same command goes on from the last finished generation; under torchrun the candidates are spread over the
-    processes, with the same result.
+    same command goes on from the last finished generation; finished, it does nothing. Under torchrun the candidates
+    are spread over the processes, with the same result.
     """
     set_threads(threads)
-    from flora.cli.output import millions, print_json, print_next, print_table, progress
+    from flora.cli.output import millions, print_json, print_next, print_table, progress, say_when_done
     from flora.lowrank.checkpoint import load_supernet
     from flora.pipeline.search import SearchRequest, plan_search, search
     from flora.ranks.evolution import SearchSettings
@@ -124,7 +124,11 @@ def command(
         )
     total = len(budgets) * (generations + 1)
     with progress("searching", total, hidden=as_json or not is_main()) as advance:
-        outcome = search(supernet, out, request, on_generation=lambda state: advance(1))
+        outcome = search(
+            *(supernet, out, request),
+            on_start=say_when_done(out, hidden=not is_main()),
+            on_generation=lambda state: advance(1),
+        )
     if not is_main():
         return
     if as_json:

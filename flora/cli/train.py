@@ -11,6 +11,7 @@ from flora.cli.options import (
     out_option,
     restart_option,
     set_threads,
+    teacher_options,
     threads_option,
     torch_device,
     training_options,
@@ -22,15 +23,7 @@ from flora.cli.options import (
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", metavar="IMAGES", required=True, help=f"Training images: {IMAGES_HELP}.")
 @out_option("trained model")
-@click.option(
-    "--teacher",
-    default="dense",
-    show_default=True,
-    help="Model to learn from: dense (the one that MODEL came from), none, a model folder, or a timm name.",
-)
-@click.option(
-    "--teacher-checkpoint", type=click.Path(path_type=Path), help="Weights of a teacher that is named by timm's name."
-)
+@teacher_options
 @click.option(
     "--teacher-cache",
     type=click.Path(path_type=Path),
@@ -65,11 +58,11 @@ def command(
     """Train MODEL, a supernet folder, or fine-tune it, a compact or dense model folder.
 
     A supernet gets other ranks in each step; the nested factors share what they learn, and components above the ranks
-    of a step do not move. Stopped, the same command goes on from the last finished epoch. On several devices:
-    torchrun --no-python --nproc_per_node N flora train ...
+    of a step do not move. Stopped, the same command goes on from the last finished epoch; finished, it does nothing. On
+    several devices: torchrun --no-python --nproc_per_node N flora train ...
     """
     set_threads(threads)
-    from flora.cli.output import print_json, print_next, print_table, progress
+    from flora.cli.output import print_json, print_next, print_table, progress, say_when_done
     from flora.cli.training import settings_from_options
     from flora.lowrank.checkpoint import is_supernet_folder
     from flora.pipeline.train import TrainRequest, train
@@ -92,7 +85,11 @@ def command(
         restart=restart,
     )
     with progress("training", settings.epochs, hidden=as_json or not is_main()) as advance:
-        trained = train(model, out, request, on_epoch=lambda figures: advance(1))
+        trained = train(
+            *(model, out, request),
+            on_start=say_when_done(out, hidden=not is_main()),
+            on_epoch=lambda figures: advance(1),
+        )
     if not is_main():
         return
     history = trained.config.training[-1].history

@@ -5,6 +5,7 @@ the rank of every factorized layer (none in a dense model). A supernet folder ho
 that they came from, and `supernet.json`. Everything reloads without pickle.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ RANK_CONFIG = "ranks.json"
 SUPERNET_CONFIG = "supernet.json"
 SUPERNET_WEIGHTS = "supernet.safetensors"
 DENSE_WEIGHTS = "dense.safetensors"
+FILTER_REPORT = "filter.json"
 
 
 class Reference(BaseModel):
@@ -149,6 +151,19 @@ def is_supernet_folder(path: Path) -> bool:
     return (Path(path) / SUPERNET_CONFIG).is_file()
 
 
+def content_digest(folder: Path) -> str:
+    """A digest of what a model or supernet folder holds; not of when, where and with what it was made."""
+    folder = Path(folder)
+    if is_supernet_folder(folder):
+        supernet = SupernetConfig.load(folder / SUPERNET_CONFIG)
+        config = supernet.model_dump_json(exclude={"source", "versions", "created"})
+    else:
+        config = ModelConfig.load(folder / MODEL_CONFIG).model_dump_json()
+    names = (SUPERNET_WEIGHTS, DENSE_WEIGHTS, FILTER_REPORT, MODEL_WEIGHTS, RANK_CONFIG)
+    files = [f"{name} {sha256_of_file(folder / name)}" for name in names if (folder / name).is_file()]
+    return hashlib.sha256("\n".join([config, *files]).encode()).hexdigest()
+
+
 def load_model(
     model: str, *, args: Mapping[str, Any] | None = None, checkpoint: Path | None = None, pretrained: bool = False
 ) -> LoadedModel:
@@ -250,13 +265,19 @@ def save_model(
     *,
     ranks: RankConfig | None = None,
     dtype: torch.dtype | None = None,
+    extra: Mapping[str, Document] | None = None,
 ) -> None:
-    """Write a model folder atomically, with `ranks` as a file of its own; `dtype` stores weights in less precision."""
+    """Write a model folder atomically, with `ranks` as a file of its own; `dtype` stores weights in less precision.
+
+    `extra` are documents of a step, by file name.
+    """
     state = {name: tensor.to(dtype) if dtype else tensor for name, tensor in module.state_dict().items()}
     with new_folder(folder, marker=MODEL_CONFIG) as partial:
         save_weights(partial / MODEL_WEIGHTS, state)
         if ranks is not None:
             ranks.save(partial / RANK_CONFIG)
+        for name, document in (extra or {}).items():
+            document.save(partial / name)
         config.save(partial / MODEL_CONFIG)
 
 

@@ -4,6 +4,7 @@ Nothing pickled is run: torch files are read as plain weights only.
 """
 
 import errno
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -84,6 +85,15 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
     path.chmod(0o644)  # the library writes files that only their owner can read
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A digest of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -13,13 +13,18 @@ from flora.lowrank.checkpoint import (
     LoadedModel,
     LoadedSupernet,
     SupernetConfig,
+    load_supernet,
     save_supernet,
 )
 from flora.lowrank.supernet import Method, build_supernet, elastic_layers
 from flora.lowrank.targets import PAPER_LAYERS, find_targets, trace_cost
+from flora.lowrank.weights import weights_digest
+from flora.pipeline.images import identity
+from flora.pipeline.job import OnStart
 from flora.provenance import now, versions
 from flora.ranks.cost import ModelCost
 from flora.ranks.space import DEFAULT_SPACE, space_from_text
+from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
 
 
@@ -34,9 +39,14 @@ def build(
     keep_redundant: bool = False,
     batch_size: int = 64,
     workers: int = 0,
+    restart: bool = False,
+    on_start: OnStart = lambda done: None,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> LoadedSupernet:
-    """Factorize the selected layers of `model` and write the supernet folder `out`; the model's module is used up."""
+    """Factorize the selected layers of `model` and write the supernet folder `out`; the model's module is used up.
+
+    Where `out` is there with the same model, images and settings, it is returned as it is; not with `restart`.
+    """
     check_replaceable(out, marker=SUPERNET_CONFIG)
     module, config = model.module, model.config
     if config.ranks:
@@ -47,6 +57,20 @@ def build(
     search_space = space_from_text(space, cost, keep_redundant=keep_redundant)
     images = TimmImages(data, config.preprocessing, workers=workers) if data else None
     calibration = images.record() if images else None
+    job = Job(
+        settings={
+            "model": weights_digest(module),
+            "config": config.model_dump(mode="json", include={"model", "args", "preprocessing", "class_names"}),
+            "layers": list(cost.shapes),
+            "method": method,
+            "space": search_space.model_dump(mode="json"),
+            "calibration": identity(calibration) if calibration else None,
+        }
+    )
+    done = not restart and job.is_in(out)
+    on_start(done)
+    if done:
+        return load_supernet(out)
     dense_state = module.state_dict()
     spectra = build_supernet(
         module,
@@ -70,7 +94,7 @@ def build(
         versions=versions(),
         created=now(),
     )
-    save_supernet(out, module, dense_state, supernet)
+    save_supernet(out, module, dense_state, supernet, extra={SETTINGS: job})
     return LoadedSupernet(module=module, config=supernet, folder=Path(out))
 
 

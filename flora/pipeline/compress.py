@@ -1,24 +1,24 @@
 """From a trained model and a budget to a verified bundle: the paper's road as one resumable chain.
 
-What the steps make lies in `OUT.work` and stays there: the trained supernet holds every other budget, too. A step
-whose folder is complete is not done again.
+What the steps make lies in `OUT.work` and stays there: the trained supernet holds every other budget, too. As in make,
+a step is done again only where what it comes from or its settings have changed.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
 from export.bundle import MANIFEST, Bundle, load_bundle
-from flora.artifact import check_replaceable
+from flora.artifact import check_replaceable, sha256_of_file
 from flora.errors import InputError
-from flora.imagesets import ImageSetSpec
+from flora.imagesets import ImageSetSpec, at_most
 from flora.lowrank.checkpoint import (
-    MODEL_CONFIG,
-    SUPERNET_CONFIG,
+    RANK_CONFIG,
     LoadedModel,
+    content_digest,
     load_model_folder,
     load_supernet,
     save_model,
@@ -28,21 +28,25 @@ from flora.pipeline.build import build
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.pipeline.export import ExportRequest, export_bundle
 from flora.pipeline.filter import FilterRequest, filter_space
-from flora.pipeline.images import training_record
-from flora.pipeline.search import PARETO, SearchRequest, budget_slug, search
-from flora.pipeline.train import TrainRequest, train
+from flora.pipeline.images import check_classes, open_images, training_record
+from flora.pipeline.job import OnStart
+from flora.pipeline.search import SearchRequest, budget_slug, search
+from flora.pipeline.train import TrainRequest, check_training, train
 from flora.ranks.budget import Budget, check_reachable
 from flora.ranks.evolution import SearchSettings
+from flora.ranks.filtering import kept_count
 from flora.ranks.space import space_from_text
-from flora.resume import WorkFolder
+from flora.resume import SETTINGS, Job, WorkFolder
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
-from flora.training.selection import Fitness
+from flora.training.selection import Fitness, check_fitness
 from flora.training.settings import TrainingSettings
-from flora.training.train import images_per_pass
 
 CALIBRATION_IMAGES = 512
+FILTER_IMAGES = 2000
+SEARCH_IMAGES = 5000
 HELD_OUT = "1/10"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,8 @@ class CompressRequest:
     fitness: Fitness = "loss"
     search: SearchSettings = field(default_factory=SearchSettings)
     teacher: str = "dense"
-    device: torch.device | None = None
+    teacher_checkpoint: Path | None = None
+    device: torch.device = CPU
     workers: int = 0
     restart: bool = False
 
@@ -79,8 +84,19 @@ class CompressRequest:
                 raise InputError(f"{self.data} is a part of a set already; say what to choose by with --select-data.")
             training, selection = f"{self.data},except={HELD_OUT}", f"{self.data},fold={HELD_OUT}"
         # A part of a part cannot be named, so the limit goes to the training set itself.
-        calibration = self.calib_data or f"{training},limit={CALIBRATION_IMAGES}"
+        calibration = self.calib_data or at_most(training, CALIBRATION_IMAGES)
         return calibration, selection, training
+
+    def training(self, epochs: int) -> TrainRequest:
+        """How the supernet and the subnet that was found are trained."""
+        return TrainRequest(
+            data=self.image_sets[2],
+            settings=self.settings.model_copy(update={"epochs": epochs}),
+            teacher=self.teacher,
+            teacher_checkpoint=self.teacher_checkpoint,
+            device=self.device,
+            workers=self.workers,
+        )
 
 
 def compress(
@@ -92,51 +108,49 @@ def compress(
 ) -> Bundle:
     """Write the bundle `out`; stopped, the same call goes on with the step that was not finished."""
     check_replaceable(out, marker=MANIFEST)
-    calibration, selection, training = request.image_sets
+    calibration, selection, _ = request.image_sets
     processes(request.device)
-    _refuse_early(model, request, (calibration, selection, training))
-    settings: dict[str, Any] = {
-        "model": str(model.folder or model.config.model),
-        "images": [calibration, selection, training],
-        "layers": list(request.layers),
-        "space": request.space,
-        "share": request.share,
-        "training": request.settings.model_dump(),
-        "finetune_epochs": request.finetune_epochs,
-        "teacher": request.teacher,
-        "fitness": request.fitness,
-        "search": asdict(request.search),
-    }
-    if is_main():
-        WorkFolder.open(out, settings, restart=request.restart)
-    wait()
-    work = WorkFolder.open(out, settings)
-    device = request.device or torch.device("cpu")
-    supernet, filtered, trained = map(work.file, ("supernet", "filtered", "trained"))
+    steps = WorkFolder.of(out).path
+    if steps.exists() and (not steps.is_dir() or (steps / SETTINGS).exists()):
+        raise InputError(f"{steps} is in the way: the steps to {out} are kept there. Move or remove it.")
+    _refuse_early(model, request)
+    supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
-        work.file(f"{name}-{budget_slug(request.budget)}") for name in ("search", "compact", "finetuned")
+        steps / f"{name}-{budget_slug(request.budget)}" for name in ("search", "compact", "finetuned")
     )
+    jobs = (filtered, trained, found, tuned)
+    if request.restart and is_main():
+        for job in jobs:
+            WorkFolder.of(job).remove()
+    wait()
 
-    def train_once(source: Path, out: Path, what: str, epochs: int) -> None:
-        if _is_trained(out):
-            return
-        on_step(what)
+    def begins(what: str, *later: Path) -> OnStart:
+        """What the step that begins says, unless it would make void what `later` ones have left unfinished."""
+
+        def note(done: bool) -> None:
+            if done:
+                return
+            for work in (WorkFolder.of(job).path for job in later):
+                if work.exists():
+                    raise InputError(
+                        f"{work} holds an unfinished job, which {what} anew would make void. "
+                        "Type the former command to go on with it, or add --restart to throw it away."
+                    )
+            on_step(what)
+
+        return note
+
+    def train_step(source: Path, out: Path, epochs: int, what: str, *later: Path) -> None:
         train(
             source,
             out,
-            TrainRequest(
-                data=training,
-                settings=request.settings.model_copy(update={"epochs": epochs}),
-                teacher=request.teacher,
-                device=device,
-                workers=request.workers,
-            ),
+            request.training(epochs),
+            on_start=begins(what, *later),
             on_step=lambda step, steps, loss: on_step(f"{what}: step {step} of {steps}, loss {loss:.3f}"),
         )
 
-    if is_main() and not (supernet / SUPERNET_CONFIG).is_file():
-        on_step("factorizing")
-        model.module.to(device)
+    if is_main():
+        model.module.to(request.device)
         build(
             model,
             supernet,
@@ -144,41 +158,39 @@ def compress(
             layers=request.layers,
             space=request.space,
             workers=request.workers,
+            on_start=begins("factorizing"),
         )
     wait()
-    if not (filtered / SUPERNET_CONFIG).is_file():
-        on_step("filtering candidates")
-        filter_space(
-            supernet,
-            filtered,
-            FilterRequest(select_data=selection, share=request.share, device=device, workers=request.workers),
-            on_block=lambda scores: on_step(f"filtering candidates: {scores.block}"),
-        )
-    train_once(filtered, trained, "training the supernet", request.settings.epochs)
-    if not (found / PARETO).is_file():
-        on_step("searching")
-        search(
-            trained,
-            found,
-            SearchRequest(
-                select_data=selection,
-                budgets=(request.budget,),
-                fitness=request.fitness,
-                settings=request.search,
-                device=device,
-                workers=request.workers,
-            ),
-            on_generation=lambda state: on_step(f"searching: generation {state.generation}"),
-        )
-    if is_main() and not (compact / MODEL_CONFIG).is_file():
-        on_step("materializing")
-        source = load_supernet(trained)
-        ranks = chosen_ranks(source, file=found / "ranks.json")
-        cut = compact_from_supernet(source, ranks)
-        save_model(compact, cut.module, cut.config, ranks=ranks)
-    wait()
+    filter_space(
+        supernet,
+        filtered,
+        FilterRequest(
+            select_data=at_most(selection, FILTER_IMAGES),
+            share=request.share,
+            device=request.device,
+            workers=request.workers,
+        ),
+        on_start=begins("filtering candidates", trained, found, tuned),
+        on_block=lambda scores: on_step(f"filtering candidates: {scores.block}"),
+    )
+    train_step(filtered, trained, request.settings.epochs, "training the supernet", found, tuned)
+    search(
+        trained,
+        found,
+        SearchRequest(
+            select_data=at_most(selection, SEARCH_IMAGES),
+            budgets=(request.budget,),
+            fitness=request.fitness,
+            settings=request.search,
+            device=request.device,
+            workers=request.workers,
+        ),
+        on_start=begins("searching", tuned),
+        on_generation=lambda state: on_step(f"searching: generation {state.generation}"),
+    )
+    _materialize(trained, found / RANK_CONFIG, compact, on_start=begins("materializing", tuned))
     if request.finetune_epochs:
-        train_once(compact, tuned, "fine-tuning", request.finetune_epochs)
+        train_step(compact, tuned, request.finetune_epochs, "fine-tuning")
         compact = tuned
     if is_main():
         export_bundle(load_model_folder(compact), request.export, out, on_step=on_step)
@@ -186,26 +198,46 @@ def compress(
     return load_bundle(out)
 
 
-def _is_trained(folder: Path) -> bool:
-    """Whether `folder` holds a supernet or a model, which `train` writes whole or not at all."""
-    return any((folder / name).is_file() for name in (SUPERNET_CONFIG, MODEL_CONFIG))
+def _materialize(trained: Path, file: Path, out: Path, *, on_start: OnStart) -> None:
+    """Write the model folder `out` of the supernet `trained` at the ranks in `file`, as a job like the other steps."""
+    # The folder is where the compact model remembers its dense one to lie.
+    job = Job(settings={"source": content_digest(trained), "folder": str(trained), "ranks": sha256_of_file(file)})
+    done = job.is_in(out)
+    on_start(done)
+    if is_main() and not done:
+        source = load_supernet(trained)
+        ranks = chosen_ranks(source, file=file)
+        cut = compact_from_supernet(source, ranks)
+        save_model(out, cut.module, cut.config, ranks=ranks, extra={SETTINGS: job})
+    wait()
 
 
-def _refuse_early(model: LoadedModel, request: CompressRequest, image_sets: tuple[str, ...]) -> None:
-    """Raise `InputError` for what a later step would refuse after hours: the budget, images, overlap, engines."""
+def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
+    """Raise `InputError` for what a later step would refuse after hours: budget, engines, images, labels, training."""
     if model.config.ranks:
         raise InputError(f"{model.folder} is factorized already; compress the dense model.")
-    preprocessing = model.config.preprocessing
+    preprocessing, classes = model.config.preprocessing, cast(int, model.module.num_classes)
     cost = trace_cost(model.module, find_targets(model.module, request.layers), preprocessing.input_size)
     space = space_from_text(request.space, cost)
     for index in range(len(space.blocks)):
         space.block_candidates(index)
     check_reachable(Budget.parse(request.budget, cost), space, cost)
+    kept_count(request.share, 1)
     request.export.engine_specs()
-    evaluation = TimmImages(request.export.eval_data, preprocessing).record()
-    for role, text in zip(("calibration", "selection", "training"), image_sets, strict=True):
-        images = TimmImages(text, preprocessing)
-        record = training_record(text, images) if role == "training" else images.record()
-        evaluation.refuse_overlap(record, own_role="evaluation", other_role=role)
-        if role == "training":
-            images_per_pass(request.settings, len(images), processes().num_processes)
+    evaluation = open_images(request.export.eval_data, preprocessing)
+    check_classes(evaluation, classes)
+    calibration, selection, training = request.image_sets
+    records = {
+        "evaluation": evaluation.record(),
+        "selection": TimmImages(selection, preprocessing).record(),
+        "calibration": TimmImages(calibration, preprocessing).record(),
+        "training": training_record(training, TimmImages(training, preprocessing)),
+    }
+    for own, others in (
+        ("evaluation", ("calibration", "selection", "training")),
+        ("selection", ("calibration", "training")),
+    ):
+        for other in others:
+            records[own].refuse_overlap(records[other], own_role=own, other_role=other)
+    check_fitness(request.fitness, TimmImages(at_most(selection, SEARCH_IMAGES), preprocessing), model.module)
+    check_training(model, request.training(request.settings.epochs))

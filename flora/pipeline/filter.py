@@ -8,21 +8,23 @@ from typing import Literal
 import torch
 from pydantic import TypeAdapter
 
-from flora.artifact import Document, check_replaceable, new_file, sha256_of_file
+from flora.artifact import Document, check_replaceable, new_file
 from flora.errors import InputError
 from flora.lowrank.checkpoint import (
     DENSE_WEIGHTS,
+    FILTER_REPORT,
     SUPERNET_CONFIG,
-    SUPERNET_WEIGHTS,
     LoadedSupernet,
+    content_digest,
     load_supernet,
     save_supernet,
 )
 from flora.lowrank.weights import read_weights
-from flora.pipeline.images import training_record
+from flora.pipeline.images import identity, training_record
+from flora.pipeline.job import OnStart, begin
 from flora.ranks.filtering import kept_count
 from flora.ranks.space import SearchSpace
-from flora.resume import WorkFolder
+from flora.resume import SETTINGS, Job, WorkFolder
 from flora.training.alone import Alone
 from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
@@ -32,7 +34,6 @@ from flora.training.selection import SelectionImages, log_probabilities
 from flora.training.settings import TrainingSettings
 from flora.training.train import Trainer, images_per_pass
 
-FILTER_REPORT = "filter.json"
 Scorer = Literal["training-free", "local"]
 
 
@@ -60,7 +61,12 @@ class FilterRequest:
 
 
 def filter_space(
-    source: Path, out: Path, request: FilterRequest, *, on_block: Callable[[BlockScores], None] = lambda scores: None
+    source: Path,
+    out: Path,
+    request: FilterRequest,
+    *,
+    on_start: OnStart = lambda done: None,
+    on_block: Callable[[BlockScores], None] = lambda scores: None,
 ) -> tuple[LoadedSupernet, FilterReport]:
     """Write the supernet of folder `source` to `out` with the candidates that stay; stopped, the same call goes on."""
     check_replaceable(out, marker=SUPERNET_CONFIG)
@@ -74,6 +80,7 @@ def filter_space(
     for index in range(len(space.blocks)):
         space.block_candidates(index)
     processes(request.device)
+    training = None
     preprocessing, seen = supernet.config.preprocessing, dict(supernet.config.image_sets)
     source_images = TimmImages(request.select_data, preprocessing, workers=request.workers)
     record = source_images.record()
@@ -87,19 +94,19 @@ def filter_space(
         if role in seen:
             record.refuse_overlap(seen[role], own_role="selection", other_role=role)
     images = SelectionImages(source_images)
-    settings = {
-        "source": sha256_of_file(Path(source) / SUPERNET_WEIGHTS),
-        "space": space.model_dump_json(),
-        "selection": record.digest,
-        "share": request.share,
-        "scorer": request.scorer,
-        "data": request.data,
-        "training": request.settings.model_dump() if request.settings else None,
-    }
-    if is_main():
-        WorkFolder.open(out, settings, restart=request.restart)
-    wait()
-    work = WorkFolder.open(out, settings)
+    job = Job(
+        settings={
+            "source": content_digest(source),
+            "selection": identity(record),
+            "share": request.share,
+            "scorer": request.scorer,
+            "data": identity(training) if training else None,
+            "training": request.settings.model_dump() if request.settings else None,
+        }
+    )
+    work = begin(job, out, restart=request.restart, on_start=on_start)
+    if work is None:
+        return _written(out)
     dense_module = supernet.load_dense().module.to(request.device or "cpu")
     supernet.module.to(request.device or "cpu")
     dense = log_probabilities(dense_module, images)
@@ -130,10 +137,15 @@ def filter_space(
     )
     if is_main():
         module = load_supernet(source).module
-        save_supernet(out, module, read_weights(Path(source) / DENSE_WEIGHTS), config, extra={FILTER_REPORT: report})
+        dense_state = read_weights(Path(source) / DENSE_WEIGHTS)
+        save_supernet(out, module, dense_state, config, extra={FILTER_REPORT: report, SETTINGS: job})
         work.remove()
     wait()
-    return load_supernet(out), report
+    return _written(out)
+
+
+def _written(out: Path) -> tuple[LoadedSupernet, FilterReport]:
+    return load_supernet(out), FilterReport.load(Path(out) / FILTER_REPORT)
 
 
 _ONE = TypeAdapter(BlockScores)

@@ -40,6 +40,11 @@ def training_record(text: str, images: ImageSet) -> ImageSetRecord:
     return images.record()
 
 
+def identity(record: ImageSetRecord) -> str:
+    """What tells image sets apart in the settings of a job: the digest, or where there is none what is known."""
+    return record.digest or f"{record.images} of {record.spec}"
+
+
 def certified_record(images: ImageSet, seen: Mapping[Any, ImageSetRecord]) -> ImageSetRecord:
     """The record of evaluation images; refused when an image of the sets in `seen`, by role, is among them."""
     record = images.record()

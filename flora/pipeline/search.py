@@ -8,22 +8,24 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from flora.artifact import Document, check_replaceable, new_folder, sha256_of_file
+from flora.artifact import Document, check_replaceable, new_folder
 from flora.errors import InputError
 from flora.imagesets import ImageSetRecord
-from flora.lowrank.checkpoint import SUPERNET_WEIGHTS, LoadedSupernet, load_supernet
+from flora.lowrank.checkpoint import FILTER_REPORT, LoadedSupernet, content_digest, load_supernet
 from flora.pipeline.figures import write_figures
-from flora.pipeline.filter import FILTER_REPORT, FilterReport
+from flora.pipeline.filter import FilterReport
+from flora.pipeline.images import identity
+from flora.pipeline.job import OnStart, begin
 from flora.ranks.allocate import Choice, allocate
 from flora.ranks.budget import Budget, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.evolution import Evaluated, SearchSettings, SearchState, best, evolve, pareto
 from flora.ranks.space import SearchSpace
-from flora.resume import WorkFolder
+from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
-from flora.training.selection import Fitness, SelectionImages, SubnetScores
+from flora.training.selection import Fitness, SelectionImages, SubnetScores, check_fitness
 
 PARETO = "pareto.json"
 HISTORY = "history.json"
@@ -138,6 +140,7 @@ def search(
     out: Path,
     request: SearchRequest,
     *,
+    on_start: OnStart = lambda done: None,
     on_generation: Callable[[SearchState], None] = lambda state: None,
 ) -> SearchOutcome:
     """Search the supernet in folder `source` and write the folder `out`; stopped, the same call goes on."""
@@ -152,21 +155,22 @@ def search(
         if role in config.image_sets:
             record.refuse_overlap(config.image_sets[role], own_role="selection", other_role=role)
     images = SelectionImages(source_images, batch_size=request.batch_size)
-    settings = {
-        "source": sha256_of_file(Path(source) / SUPERNET_WEIGHTS),
-        "space": config.space.model_dump_json(),
-        "selection": record.digest,
-        "fitness": request.fitness,
-        "budgets": list(request.budgets),
-        **asdict(request.settings),
-    }
+    check_fitness(request.fitness, source_images, supernet.module)
+    job = Job(
+        settings={
+            "source": content_digest(source),
+            "selection": identity(record),
+            "fitness": request.fitness,
+            "budgets": request.budgets,
+            **asdict(request.settings),
+        }
+    )
+    work = begin(job, out, restart=request.restart, on_start=on_start)
+    if work is None:
+        return _outcome(out, budgets)
     device = request.device or torch.device("cpu")
     dense = supernet.load_dense().module.to(device) if request.fitness in ("agreement", "distance") else None
     scores = SubnetScores(supernet.module.to(device), images, fitness=request.fitness, dense=dense)
-    if is_main():
-        WorkFolder.open(out, settings, restart=request.restart)
-    wait()
-    work = WorkFolder.open(out, settings)
     states: list[SearchState] = []
     generations: list[GenerationRecord] = []
     for budget in budgets:
@@ -195,7 +199,7 @@ def search(
     configs = {
         state.budget.text: _rank_config(supernet, state.budget, best(state), request, record) for state in states
     }
-    names = {text: "ranks.json" if len(configs) == 1 else f"ranks-{budget_slug(text)}.json" for text in configs}
+    names = _names(budgets)
     front = ParetoSet(
         model=config.model,
         fitness=request.fitness,
@@ -210,15 +214,29 @@ def search(
                 configs[text].save(folder / name)
             SearchHistory(generations=tuple(generations)).save(folder / HISTORY)
             write_figures(folder / FIGURES, configs, states, config.cost, fitness=request.fitness)
+            job.save(folder / SETTINGS)
             front.save(folder / PARETO)
         work.remove()
     wait()
+    return _outcome(out, budgets)
+
+
+def _names(budgets: Sequence[Budget]) -> dict[str, str]:
+    """The file of each budget's ranks."""
+    texts = [budget.text for budget in budgets]
+    return {text: "ranks.json" if len(texts) == 1 else f"ranks-{budget_slug(text)}.json" for text in texts}
+
+
+def _outcome(out: Path, budgets: Sequence[Budget]) -> SearchOutcome:
+    """What lies in the folder that a search has written."""
+    out, names = Path(out), _names(budgets)
+    spent = {record.budget: record.image_forwards for record in SearchHistory.load(out / HISTORY).generations}
     return SearchOutcome(
-        folder=Path(out),
-        configs=configs,
+        folder=out,
+        configs={text: RankConfig.load(out / name) for text, name in names.items()},
         files=names,
-        pareto=front,
-        image_forwards=sum(state.image_forwards for state in states),
+        pareto=ParetoSet.load(out / PARETO),
+        image_forwards=sum(spent.values()),
     )
 
 

@@ -1,27 +1,27 @@
 """Training a supernet or fine-tuning a model folder, resumable, on one process or many."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from flora.artifact import check_replaceable, sha256_of_file
+from flora.artifact import Document, check_replaceable
 from flora.errors import BackendMissingError, InputError
-from flora.imagesets import ImageSetRecord
+from flora.imagesets import ImageSetRecord, at_most
 from flora.lowrank.checkpoint import (
     DENSE_WEIGHTS,
+    FILTER_REPORT,
     MODEL_CONFIG,
-    MODEL_WEIGHTS,
     RANK_CONFIG,
     SUPERNET_CONFIG,
-    SUPERNET_WEIGHTS,
     LoadedModel,
     LoadedSupernet,
     TrainingRecord,
+    content_digest,
     is_supernet_folder,
     load_model,
     load_model_folder,
@@ -31,15 +31,16 @@ from flora.lowrank.checkpoint import (
     save_supernet,
 )
 from flora.lowrank.supernet import active_ranks
-from flora.lowrank.weights import read_weights
-from flora.pipeline.filter import FILTER_REPORT, FilterReport
-from flora.pipeline.images import training_record
+from flora.lowrank.weights import read_weights, weights_digest
+from flora.pipeline.filter import FilterReport
+from flora.pipeline.images import MOST_DIGESTS, identity, training_record
+from flora.pipeline.job import OnStart, begin
 from flora.preprocessing import Preprocessing
 from flora.ranks.config import RankConfig
-from flora.resume import WorkFolder
+from flora.resume import SETTINGS, Job, WorkFolder
 from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
-from flora.training.evaluate import evaluate
+from flora.training.evaluate import check_labels, evaluate
 from flora.training.processes import accelerator, is_main, spread, wait
 from flora.training.settings import TrainingSettings
 from flora.training.teacher import TeacherCache, TeacherFacts
@@ -81,6 +82,7 @@ def train(
     out: Path,
     request: TrainRequest,
     *,
+    on_start: OnStart = lambda done: None,
     on_step: OnStep = lambda step, steps, loss: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda figures: None,
 ) -> LoadedSupernet | LoadedModel:
@@ -90,7 +92,6 @@ def train(
     if Path(out).absolute() == Path(source).absolute():
         raise InputError(f"{out} is what is trained; give another folder with --out.")
     loaded: LoadedSupernet | LoadedModel = load_supernet(source) if is_supernet else load_model_folder(source)
-    together = accelerator(request.device, request.settings.precision)
     preprocessing = loaded.config.preprocessing
     images = TimmImages(request.data, preprocessing, workers=request.workers)
     record = training_record(request.data, images)
@@ -99,33 +100,22 @@ def train(
     if chosen_by is not None:
         record.refuse_overlap(chosen_by, own_role="training", other_role="selection")
     teacher = _load_teacher(loaded, request)
-    weights = Path(source) / (SUPERNET_WEIGHTS if is_supernet else MODEL_WEIGHTS)
-    settings = {
-        "source": sha256_of_file(weights),
-        "space": loaded.config.space.model_dump_json() if isinstance(loaded, LoadedSupernet) else None,
-        "data": request.data,
-        "images": record.digest,
-        "teacher": _digest_of(teacher) if teacher else None,
-        "top_k": request.top_k if request.teacher_cache else None,
-        "selection": chosen_by.digest if chosen_by else None,
-        **request.settings.model_dump(),
-    }
-    # What the trainer refuses must not leave a work folder, for the next command has other settings.
-    trainer = Trainer(
-        loaded.module,
-        AugmentedImages(images, request.settings.augmentation, seed=request.settings.seed),
-        request.settings,
-        accelerator=together,
-        state_file=WorkFolder.of(out).file(STATE),
-        space=loaded.config.space if isinstance(loaded, LoadedSupernet) else None,
-        cost=loaded.config.cost if isinstance(loaded, LoadedSupernet) else None,
-        teacher=_teacher(teacher, images, request, loaded) if teacher else None,
-        workers=request.workers,
+    job = Job(
+        settings={
+            "source": content_digest(source),
+            "data": request.data,
+            "images": identity(record),
+            "teacher": weights_digest(teacher.module) if teacher else None,
+            "top_k": request.top_k if request.teacher_cache else None,
+            "selection": identity(chosen_by) if chosen_by else None,
+            **request.settings.model_dump(),
+        }
     )
-    if is_main():
-        WorkFolder.open(out, settings, restart=request.restart)
-    wait()
-    work = WorkFolder.open(out, settings)
+    # What the trainer refuses must not leave a work folder, for the next command has other settings.
+    trainer = _trainer(loaded, teacher, images, request, WorkFolder.of(out).file(STATE))
+    work = begin(job, out, restart=request.restart, on_start=on_start)
+    if work is None:
+        return _written(out)
     board = _board(request.tensorboard)
     steps = trainer.steps_per_epoch * request.settings.epochs
 
@@ -153,10 +143,43 @@ def train(
         history=tuple(trainer.progress.history),
     )
     if is_main():
-        _save(loaded, module, Path(source), out, record, trained)
+        _save(loaded, module, Path(source), out, record, trained, job)
         work.remove()
     wait()
-    return load_supernet(out) if is_supernet else load_model_folder(out)
+    return _written(out)
+
+
+def check_training(student: LoadedModel, request: TrainRequest) -> None:
+    """Raise `InputError` where `train` would refuse to train supernets and models that come from `student`."""
+    student = replace(student, module=deepcopy(student.module))
+    images = TimmImages(request.data, student.config.preprocessing)
+    _trainer(student, _load_teacher(student, request), images, request, Path(STATE))
+    part = TimmImages(at_most(request.data, MOST_DIGESTS), student.config.preprocessing)
+    check_labels(part.labels(), cast(int, student.module.num_classes), "The training images have")
+
+
+def _trainer(
+    student: LoadedSupernet | LoadedModel,
+    teacher: LoadedModel | None,
+    images: TimmImages,
+    request: TrainRequest,
+    state_file: Path,
+) -> Trainer:
+    return Trainer(
+        student.module,
+        AugmentedImages(images, request.settings.augmentation, seed=request.settings.seed),
+        request.settings,
+        accelerator=accelerator(request.device, request.settings.precision),
+        state_file=state_file,
+        space=student.config.space if isinstance(student, LoadedSupernet) else None,
+        cost=student.config.cost if isinstance(student, LoadedSupernet) else None,
+        teacher=_teacher(teacher, images, request, student) if teacher else None,
+        workers=request.workers,
+    )
+
+
+def _written(out: Path) -> LoadedSupernet | LoadedModel:
+    return load_supernet(out) if is_supernet_folder(out) else load_model_folder(out)
 
 
 def _load_teacher(loaded: LoadedSupernet | LoadedModel, request: TrainRequest) -> LoadedModel | None:
@@ -190,8 +213,7 @@ def _load_teacher(loaded: LoadedSupernet | LoadedModel, request: TrainRequest) -
 
 def _dense_of(loaded: LoadedModel) -> LoadedModel:
     if not loaded.config.ranks:
-        assert loaded.folder is not None
-        return load_model_folder(loaded.folder)
+        return replace(loaded, module=deepcopy(loaded.module))
     dense = load_reference(loaded.config)
     if dense is None:
         raise InputError(
@@ -218,7 +240,7 @@ def _teacher(teacher: LoadedModel, images: TimmImages, request: TrainRequest, st
     assert digests is not None
     classes = cast(int, teacher.module.num_classes)
     facts = TeacherFacts(
-        teacher_sha256=_digest_of(teacher),
+        teacher_sha256=weights_digest(teacher.module),
         classes=classes,
         top_k=min(request.top_k, classes),
         transform=f"{request.settings.augmentation.model_dump_json()} {student.config.preprocessing.model_dump_json()}",
@@ -231,15 +253,6 @@ def _teacher(teacher: LoadedModel, images: TimmImages, request: TrainRequest, st
         cache=TeacherCache(request.teacher_cache, facts),
         image_keys=tuple(int(digest, 16) for digest in digests),
     )
-
-
-def _digest_of(teacher: LoadedModel) -> str:
-    """A digest of the teacher's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _accuracies(loaded: LoadedSupernet | LoadedModel, module: nn.Module, images: TimmImages) -> dict[str, float]:
@@ -274,6 +287,7 @@ def _save(
     out: Path,
     record: ImageSetRecord,
     trained: TrainingRecord,
+    job: Job,
 ) -> None:
     config = loaded.config
     update = {
@@ -283,8 +297,8 @@ def _save(
     if isinstance(loaded, LoadedSupernet):
         dense = read_weights(source / DENSE_WEIGHTS)
         report = source / FILTER_REPORT
-        extra = {FILTER_REPORT: FilterReport.load(report)} if report.is_file() else {}
-        save_supernet(out, module, dense, loaded.config.model_copy(update=update), extra=extra)
+        extra: dict[str, Document] = {FILTER_REPORT: FilterReport.load(report)} if report.is_file() else {}
+        save_supernet(out, module, dense, loaded.config.model_copy(update=update), extra={**extra, SETTINGS: job})
     else:
         ranks = source / RANK_CONFIG
         save_model(
@@ -292,4 +306,5 @@ def _save(
             module,
             loaded.config.model_copy(update=update),
             ranks=RankConfig.load(ranks) if ranks.is_file() else None,
+            extra={SETTINGS: job},
         )

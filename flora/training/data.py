@@ -3,7 +3,7 @@
 import io
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,6 +53,11 @@ class TimmImages:
             return None
         return [image_digest(_content(self._source, i)) for i in self._indices]
 
+    def labels(self) -> Tensor:
+        """The label of every image [N] (-1 where there is none); files are not decoded for it."""
+        dataset = self.dataset(eval_transform(self.preprocessing))
+        return torch.tensor([cast(_Decoded, dataset.dataset).label(i) for i in dataset.indices])
+
     def images(self, batch_size: int) -> "ImageBatches":
         """The images alone, as an iterable that can be read several times."""
         return ImageBatches(self, batch_size)
@@ -87,6 +92,10 @@ class _Decoded(Dataset):
         self.source, self.mode, self.transform = source, mode, transform
         classes = getattr(getattr(source, "reader", None), "class_to_idx", None)
         self.labelled = not classes or not set(classes) <= {"", "."}
+
+    def label(self, index: int) -> int:
+        label = self.source.reader[index][1] if hasattr(self.source, "reader") else self.source[index][1]
+        return label if self.labelled and label is not None else -1
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if hasattr(self.source, "reader"):

@@ -104,7 +104,10 @@ def score_block(
 
 
 class _Replay:
-    """Inside `with`, the model runs from one block on: earlier blocks pass through, the block reads what was kept."""
+    """Inside `with`, the model runs from one block on: earlier blocks pass through, the block reads what was kept.
+
+    That is kept on the CPU, whatever the model's device.
+    """
 
     def __init__(self, supernet: nn.Module, space: SearchSpace, index: int, images: SelectionImages) -> None:
         self._supernet, self._images = supernet, images
@@ -127,7 +130,7 @@ class _Replay:
                 self._applies &= all(len(c) == 1 and c[0][0].shape == c[0][1] for c in calls.values())
                 if not self._applies:
                     break
-                self._inputs.append(calls[self._block][0][0])
+                self._inputs.append(calls[self._block][0][0].cpu())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -149,7 +152,7 @@ class _Replay:
         original = self._block.forward
         for block in self._skipped:
             block.forward = lambda x, *args, **kwargs: x
-        self._block.forward = lambda x, *args, **kwargs: original(next(waiting), *args, **kwargs)
+        self._block.forward = lambda x, *args, **kwargs: original(next(waiting).to(x.device), *args, **kwargs)
         try:
             return log_probabilities(self._supernet, self._images)
         finally:

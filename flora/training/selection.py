@@ -75,6 +75,19 @@ def log_probabilities(model: nn.Module, images: SelectionImages, start: int = 0,
     return torch.cat(parts)
 
 
+def check_fitness(fitness: Fitness, images: TimmImages, model: nn.Module) -> None:
+    """Raise `InputError` where `fitness` needs labels, and those of the images are missing or none of the model's."""
+    if fitness not in NEEDS_LABELS:
+        return
+    labels = images.labels()
+    if (labels < 0).any():
+        raise InputError(
+            f"{images.text} has no labels, which the fitness {fitness} needs; "
+            "use --fitness distance or agreement, or one folder for each class."
+        )
+    check_labels(labels, cast(int, model.num_classes), f"{images.text} has")
+
+
 class SubnetScores:
     """Per-image scores of subnets of one supernet; candidates are spread over the processes, never images."""
 
@@ -82,18 +95,12 @@ class SubnetScores:
         self, supernet: nn.Module, images: SelectionImages, *, fitness: Fitness, dense: nn.Module | None = None
     ) -> None:
         self.supernet, self.images, self.fitness = supernet, images, fitness
+        check_fitness(fitness, images.source, supernet)
         self._labels = torch.cat([labels for _, labels in images.batches()])
         self._dense: Tensor | None = None
-        if fitness in NEEDS_LABELS:
-            if (self._labels < 0).any():
-                raise InputError(
-                    f"{images.source.text} has no labels, which the fitness {fitness} needs; "
-                    "use --fitness distance or agreement, or one folder for each class."
-                )
-            check_labels(self._labels, cast(int, supernet.num_classes), f"{images.source.text} has")
-        elif dense is None:
-            raise InputError(f"The fitness {fitness} compares with the dense model, which is missing.")
-        else:
+        if fitness not in NEEDS_LABELS:
+            if dense is None:
+                raise InputError(f"The fitness {fitness} compares with the dense model, which is missing.")
             self._dense = log_probabilities(dense, images)
 
     def __call__(self, configs: Sequence[Mapping[str, Rank]], start: int, stop: int) -> list[np.ndarray]:

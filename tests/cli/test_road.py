@@ -11,7 +11,7 @@ import pytest
 
 from flora.artifact import sha256_of_file
 from flora.lowrank.checkpoint import load_model_folder, load_supernet
-from flora.resume import WorkFolder
+from flora.resume import Job, WorkFolder
 from tests.flora_command import Outcome, assert_refused, flora, leftovers, start_flora
 from tests.worked_example import EPOCHS, GENERATIONS, WorkedExample
 
@@ -48,6 +48,27 @@ def test_filter_prints_a_row_for_each_block_and_the_space_before_and_after(worke
     assert rows[2][2:4] == rows[3][2:4], "the reachable range stays"
     assert float(rows[3][1]) < float(rows[2][1])
     assert f"Wrote the supernet {worked.filtered}" in worked.outcomes["filter"].out
+
+
+@pytest.mark.parametrize("command", ["build", "filter", "train", "search"])
+def test_a_finished_command_says_so_and_prints_what_it_found(worked, command):
+    out = {"build": worked.supernet, "filter": worked.filtered, "train": worked.trained, "search": worked.found}[
+        command
+    ]
+    before = times(out)
+    again = flora(*worked.typed[command])
+    assert (again.code, again.out) == (0, worked.outcomes[command].out)
+    assert again.message == f"flora: {out} is finished; there is nothing to do. --restart does it again."
+    assert times(out) == before
+
+
+def test_a_finished_command_is_done_again_with_restart(worked, tmp_path):
+    args = ("build", worked.dense, "--method", "svd", "-o", tmp_path / "out")
+    first = flora(*args)
+    before = times(tmp_path / "out")
+    again = flora(*args, "--restart")
+    assert (again.code, again.out, again.err.strip()) == (0, first.out, "")
+    assert all(before[name] != time for name, time in times(tmp_path / "out").items())
 
 
 def test_train_prints_a_row_for_each_epoch(worked):
@@ -196,7 +217,7 @@ def test_what_no_step_can_do_is_refused_and_nothing_is_written(worked, tmp_path,
 @pytest.mark.parametrize("command", ["filter", "train", "search"])
 def test_what_another_command_left_unfinished_is_kept_until_restart_is_said(worked, tmp_path, command):
     out = tmp_path / "out"
-    WorkFolder.open(out, {"a setting": 5})
+    WorkFolder.of(out).open(Job(settings={"a setting": 5}))
     args = {
         "filter": ("filter", worked.supernet, "--select-data", f"{worked.selection},limit=9"),
         "train": ("train", worked.compact, "--data", worked.training, *EPOCHS),
@@ -266,12 +287,12 @@ def test_compress_stopped_by_a_signal_says_so_and_keeps_what_was_finished(compre
     assert "flora: interrupted; what was not finished was not written." in compressed.log
     assert "Traceback" not in compressed.log
     kept = {name.partition("/")[0] for name in compressed.left}
-    assert kept == {"settings.json", "supernet", "filtered", "trained.work"}
+    assert kept == {"supernet", "filtered", "trained.work"}
 
 
 def test_the_same_command_goes_on_where_compress_was_stopped(compressed):
     finished = {name for name in compressed.left if name.startswith(("supernet/", "filtered/"))}
-    assert len(finished) == 7
+    assert len(finished) == 9
     assert {name: compressed.written[name] for name in finished} == {name: compressed.left[name] for name in finished}
     assert len(load_supernet(compressed.work / "trained").config.training[0].history) == 25
     assert not (compressed.work / "trained.work").exists()
@@ -314,6 +335,18 @@ def test_a_second_compress_with_another_limit_does_no_finished_step_again(worked
     checked = said_as_json(flora("verify", compressed.out, "--data", worked.images, "--threads", 1, "--json"))
     assert checked["passed"]
     assert checked["report"]["stages"][-1]["top1"] == said["verification"]["stages"][-1]["top1"]
+
+
+def test_with_a_later_option_compress_keeps_the_trained_supernet(worked, compressed, tmp_path):
+    """And a checkpoint of a teacher that is none is refused before anything is done."""
+    kept = {name: time for name, time in times(compressed.work).items() if name.startswith(("filtered/", "trained/"))}
+    outcome = flora(*arguments(worked, compressed.out), "--finetune-epochs", 0, "--fitness", "distance")
+    assert outcome.code in (0, 3), outcome
+    assert {name: times(compressed.work)[name] for name in kept} == kept
+    assert len(load_model_folder(compressed.out / "model").config.training) == 1
+    assert_refused(
+        flora(*arguments(worked, tmp_path / "out"), "--teacher-checkpoint", "file"), "belongs to a timm name"
+    )
 
 
 def test_compress_refuses_evaluation_images_that_it_would_train_on(worked, tmp_path):

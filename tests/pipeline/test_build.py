@@ -1,6 +1,8 @@
 """A build writes a supernet folder that reloads to the same model; a choice of ranks makes it a compact model."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from flora.lowrank.checkpoint import (
     LoadedModel,
     LoadedSupernet,
     ModelConfig,
+    content_digest,
     load_model_folder,
     load_supernet,
     save_model,
@@ -26,6 +29,7 @@ from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
 from flora.ranks.uniform import uniform_ranks
+from flora.resume import SETTINGS
 from flora.training.data import TimmImages
 from tests.samples import FAMILIES, GREY, random_images, random_ranks, tiny_args, tiny_model
 
@@ -76,8 +80,9 @@ def test_a_supernet_brings_the_dense_model_that_it_came_from(built: LoadedSupern
 
 
 def test_a_supernet_folder_holds_no_pickle(built: LoadedSupernet):
-    assert {path.name for path in built.folder.iterdir()} == {SUPERNET_CONFIG, SUPERNET_WEIGHTS, DENSE_WEIGHTS}
-    assert json.loads((built.folder / SUPERNET_CONFIG).read_text())["schema_version"] == 1
+    documents = {SUPERNET_CONFIG, SETTINGS}
+    assert {path.name for path in built.folder.iterdir()} == {*documents, SUPERNET_WEIGHTS, DENSE_WEIGHTS}
+    assert all(json.loads((built.folder / name).read_text())["schema_version"] == 1 for name in documents)
 
 
 def test_the_recorded_cost_is_the_traced_one(built: LoadedSupernet, vit_cost: ModelCost):
@@ -127,9 +132,53 @@ def test_an_interrupted_build_leaves_the_previous_supernet(built: LoadedSupernet
 
     before = sha256_of_file(built.folder / SUPERNET_WEIGHTS)
     with pytest.raises(KeyboardInterrupt):
-        build(_loaded(), built.folder, data=str(image_folder), on_layer=interrupt)
+        build(_loaded(), built.folder, data=str(image_folder), restart=True, on_layer=interrupt)
     assert sha256_of_file(built.folder / SUPERNET_WEIGHTS) == before
     assert [path.name for path in built.folder.parent.iterdir()] == ["supernet"]
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_build_of_the_same_model_and_settings_is_not_done_again(built: LoadedSupernet, image_folder: Path):
+    before, started = _times(built.folder), []
+    again = build(_loaded(), built.folder, data=str(image_folder), on_start=started.append)
+    assert (started, _times(built.folder)) == ([True], before)
+    assert again.config == built.config
+    assert torch.equal(_logits(again.module), _logits(built.module))
+
+
+def test_what_a_supernet_depends_on_makes_it_anew(image_folder: Path, tmp_path: Path):
+    """Each change after the others; weights under the same name and pixels under the same path among them."""
+    out, images = tmp_path / "supernet", shutil.copytree(image_folder, tmp_path / "images")
+    started: list[bool] = []
+
+    def started_anew(seed: int, **options) -> bool:
+        model = dataclasses.replace(_loaded(), module=tiny_model(seed=seed))
+        build(model, out, **({"data": str(images)} | options), on_start=started.append)
+        return not started[-1]
+
+    assert started_anew(0)
+    assert not started_anew(0)
+    assert started_anew(7)
+    (images / "0" / "0.png").write_bytes((images / "1" / "1.png").read_bytes())
+    assert started_anew(7)
+    for options in ({"layers": ["proj"]}, {"space": "eighths"}, {"method": "svd", "data": None}, {"restart": True}):
+        assert started_anew(7, **options), options
+
+
+def test_the_content_of_a_supernet_is_the_same_whenever_and_from_wherever_it_was_made(tmp_path: Path):
+    first, second, other = (
+        build(model, tmp_path / name, method="svd", space=space)
+        for name, model, space in (
+            ("first", _loaded(), "eighths"),
+            ("second", dataclasses.replace(_loaded(), folder=tmp_path), "eighths"),
+            ("other", _loaded(), "sixths"),
+        )
+    )
+    assert first.config != second.config
+    assert content_digest(first.folder) == content_digest(second.folder) != content_digest(other.folder)
 
 
 def test_a_damaged_supernet_is_refused_by_its_file(tmp_path: Path):

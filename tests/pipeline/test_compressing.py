@@ -1,10 +1,15 @@
 """The paper's road in one call: resumable at every step, its steps kept for other budgets, refused before it spends."""
 
 import dataclasses
+import io
+import shutil
+import tarfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from flora.artifact import sha256_of_file
 from flora.errors import InputError
@@ -12,19 +17,23 @@ from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import (
     MODEL_WEIGHTS,
     SUPERNET_WEIGHTS,
+    ModelConfig,
     load_model,
     load_model_folder,
     load_supernet,
+    save_model,
 )
+from flora.lowrank.weights import save_weights
 from flora.pipeline.compress import CompressRequest, compress
 from flora.pipeline.export import ExportRequest
 from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings
+from flora.resume import Job, WorkFolder
 from flora.training.data import TimmImages
 from flora.training.settings import TrainingSettings
 from tests.flora_command import leftovers
-from tests.samples import GREY
-from tests.worked_example import FASHION, WorkedExample
+from tests.samples import FAMILIES, GREY, tiny_args, tiny_model
+from tests.worked_example import FASHION, MODEL, WorkedExample
 
 BUDGET, OTHER_BUDGET = "macs=60%", "macs=75%"
 STEPS = ("factorizing", "filtering candidates", "training the supernet", "searching", "materializing", "fine-tuning")
@@ -45,6 +54,10 @@ def request(worked: WorkedExample, **changes) -> CompressRequest:
         "search": SearchSettings.of_size(6, 1),
     }
     return CompressRequest(**defaults | changes)
+
+
+def quick(**changes) -> TrainingSettings:
+    return TrainingSettings(**{"epochs": 1, "batch_size": 24} | changes)
 
 
 def run(worked: WorkedExample, out: Path, asked: CompressRequest, *, stop_at: str | None = None) -> list[str]:
@@ -117,7 +130,7 @@ def test_interrupted_at_every_step_and_resumed_equals_uninterrupted(worked, whol
     work = tmp_path / "bundle.work"
     for done, step in enumerate((*STEPS, EXPORT)):
         assert run(worked, tmp_path / "bundle", request(worked), stop_at=step)[-1] == step
-        assert sum(path.is_dir() for path in work.iterdir()) == done
+        assert sum(path.is_dir() for path in work.glob("*")) == done
     assert not (tmp_path / "bundle").exists()
     for name, file in (("trained", SUPERNET_WEIGHTS), ("finetuned-macs-60pct", MODEL_WEIGHTS)):
         assert sha256_of_file(work / name / file) == sha256_of_file(whole.work / name / file)
@@ -158,31 +171,154 @@ def test_without_fine_tuning_the_subnet_is_shipped_as_it_was_found(worked, tmp_p
     assert not (tmp_path / "bundle.work" / "finetuned-macs-60pct").exists()
 
 
+LONGER = TrainingSettings(epochs=3, batch_size=24, learning_rate=1e-4)
 DIFFERENT = {
-    "epochs": ({"settings": TrainingSettings(epochs=3, batch_size=24, learning_rate=1e-4)}, "training"),
-    "fine-tuning": ({"finetune_epochs": 2}, "finetune_epochs: 1, now 2"),
-    "share": ({"share": 0.5}, "share: 0.3, now 0.5"),
-    "space": ({"space": "eighths"}, "space"),
-    "fitness": ({"fitness": "distance"}, "fitness"),
-    "teacher": ({"teacher": "none"}, "teacher"),
-    "calibration images": ({"calib_data": None}, "images"),
+    "calibration images": ({"calib_data": None}, "factorizing"),
+    "layers": ({"layers": ("fc1", "fc2")}, "factorizing"),
+    "space": ({"space": "eighths"}, "factorizing"),
+    "share": ({"share": 0.5}, "filtering candidates"),
+    "epochs": ({"settings": LONGER}, "training the supernet"),
+    "teacher": ({"teacher": "none"}, "training the supernet"),
+    "fitness": ({"fitness": "distance"}, "searching"),
+    "generations": ({"search": SearchSettings.of_size(6, 2)}, "searching"),
+    "fine-tuning": ({"finetune_epochs": 2}, "fine-tuning"),
 }
 
 
-@pytest.mark.parametrize(("change", "named"), DIFFERENT.values(), ids=DIFFERENT)
-def test_other_settings_beside_the_steps_of_a_former_call_are_refused(worked, whole, change, named):
+@pytest.mark.parametrize(("change", "first"), DIFFERENT.values(), ids=DIFFERENT)
+def test_with_another_setting_the_first_step_that_depends_on_it_is_done_again(worked, whole, change, first):
     before = files(whole.work), files(whole.out)
-    with pytest.raises(InputError, match=rf"other settings.*{named}.*--restart"):
-        run(worked, whole.out, request(worked, **change))
+    assert run(worked, whole.out, request(worked, **change), stop_at=first) == [first]
     assert (files(whole.work), files(whole.out)) == before
 
 
-def test_restart_begins_anew(worked, tmp_path):
-    run(worked, tmp_path / "bundle", request(worked), stop_at="filtering")
-    first = files(tmp_path / "bundle.work")
-    run(worked, tmp_path / "bundle", request(worked, share=0.5, restart=True), stop_at="filtering")
-    assert files(tmp_path / "bundle.work").keys() == first.keys()
-    assert set(files(tmp_path / "bundle.work").values()).isdisjoint(first.values())
+def test_what_a_late_setting_does_not_touch_stays(worked, whole):
+    kept = {
+        name: file for name, file in files(whole.work).items() if name.startswith(("supernet", "filtered", "trained"))
+    }
+    steps = run(worked, whole.out, request(worked, search=SearchSettings.of_size(6, 2)), stop_at="materializing")
+    assert steps == ["searching", "materializing"]
+    assert {name: files(whole.work)[name] for name in kept} == kept
+    assert run(worked, whole.out, request(worked), stop_at=EXPORT)[0] == "searching"
+
+
+def test_a_setting_that_is_taken_back_costs_what_was_done_with_it_and_no_more(worked, whole):
+    """The supernet is made again, and it is the one that the later steps came from."""
+    assert run(worked, whole.out, request(worked, space="eighths"), stop_at="filtering")[0] == "factorizing"
+    assert run(worked, whole.out, request(worked), stop_at=EXPORT) == ["factorizing", EXPORT]
+
+
+def test_other_weights_behind_the_name_of_the_model_are_compressed_anew(worked, tmp_path):
+    folder = shutil.copytree(worked.dense, tmp_path / "model")
+
+    def begun() -> list[str]:
+        steps: list[str] = []
+
+        def note(step: str) -> None:
+            steps.append(step)
+            if step.startswith("filtering"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            compress(load_model(str(folder)), tmp_path / "bundle", request(worked), on_step=note)
+        return steps
+
+    assert begun() == ["factorizing", "filtering candidates"]
+    assert begun() == ["filtering candidates"]
+    save_model(folder, tiny_model(seed=7), load_model_folder(folder).config)
+    assert begun() == ["factorizing", "filtering candidates"]
+    dense = load_supernet(tmp_path / "bundle.work" / "supernet").load_dense().module.state_dict()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in load_model(str(folder)).module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("role", "first"),
+    [("calib_data", "factorizing"), ("select_data", "filtering candidates"), ("data", "training the supernet")],
+)
+def test_other_images_behind_the_same_text_are_read(worked, tmp_path, role, first):
+    """A tar of the worked example's images, then with other ones in it."""
+    original = {
+        "calib_data": worked.calibration,
+        "select_data": f"{worked.selection},limit=40",
+        "data": worked.training,
+    }
+    asked = request(worked, **{role: write_images(tmp_path / "images.tar", original[role])})
+    run(worked, tmp_path / "bundle", asked, stop_at="searching")
+    assert run(worked, tmp_path / "bundle", asked, stop_at="searching") == ["searching"]
+    write_images(tmp_path / "images.tar", f"{FASHION / 'test.tar'},fold=2/9,limit=48")
+    assert run(worked, tmp_path / "bundle", asked, stop_at="searching")[0] == first
+
+
+def write_images(path: Path, text: str) -> str:
+    """The files of an image set of class folders as a tar of their own."""
+    images = TimmImages(text, GREY)
+    with tarfile.open(path, "w") as archive:
+        for index in images.dataset(lambda image: image).indices:
+            file, label = images._source.reader[index]
+            content = file.read()
+            member = tarfile.TarInfo(f"{label}/{index}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+# Unfinished steps
+
+IN_TRAINING = "training the supernet: step 3 of 4"
+
+
+@pytest.fixture
+def stopped(worked, tmp_path) -> Path:
+    """A compression stopped in the second epoch of its supernet."""
+    run(worked, tmp_path / "bundle", request(worked), stop_at=IN_TRAINING)
+    return tmp_path / "bundle"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"settings": LONGER}, r"other settings \(epochs: 2, now 3\)"), ({"share": 0.5}, "filtering candidates anew")],
+)
+def test_an_unfinished_step_is_not_thrown_away_by_other_settings(worked, stopped, change, says):
+    work = stopped.with_name("bundle.work")
+    before = files(work)
+    with pytest.raises(InputError, match=rf"trained.work holds an unfinished job.*{says}.*--restart"):
+        run(worked, stopped, request(worked, **change))
+    assert files(work) == before
+
+
+def test_restart_throws_the_unfinished_step_away_and_nothing_else(worked, stopped):
+    work = stopped.with_name("bundle.work")
+    before = files(work)
+    step = "training the supernet"
+    assert run(worked, stopped, request(worked, settings=LONGER, restart=True), stop_at=step) == [step]
+    assert files(work) == {name: file for name, file in before.items() if not name.startswith("trained.work")}
+
+
+def test_restart_does_nothing_finished_again(worked, whole):
+    before = files(whole.work)
+    assert run(worked, whole.out, request(worked, restart=True), stop_at=EXPORT) == [EXPORT]
+    assert files(whole.work) == before
+
+
+def test_a_restart_that_is_refused_throws_nothing_away(worked, stopped):
+    before = files(stopped.with_name("bundle.work"))
+    with pytest.raises(InputError, match="below the smallest"):
+        run(worked, stopped, request(worked, budget="macs=9%", restart=True))
+    assert files(stopped.with_name("bundle.work")) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "another job"])
+def test_what_is_in_the_way_of_the_steps_is_left_alone(worked, tmp_path, kind):
+    work = tmp_path / "bundle.work"
+    if kind == "file":
+        work.write_text("mine")
+    else:
+        WorkFolder.of(tmp_path / "bundle").open(Job(settings={"epochs": 300}))
+    before = files(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(InputError, match=r"bundle\.work is in the way"):
+            run(worked, tmp_path / "bundle", request(worked, restart=restart))
+        assert files(tmp_path) == before
 
 
 # Image sets by default
@@ -219,12 +355,38 @@ def test_evaluation_images_that_another_step_sees_are_refused(worked, tmp_path, 
     assert (steps, list(tmp_path.iterdir())) == ([], [])
 
 
+def test_filter_and_search_get_a_part_of_many_selection_images(worked, tmp_path, monkeypatch):
+    """A lower limit of the user's stays."""
+    monkeypatch.setattr("flora.pipeline.compress.FILTER_IMAGES", 10)
+    monkeypatch.setattr("flora.pipeline.compress.SEARCH_IMAGES", 20)
+    for name, text, expected in (
+        ("all", worked.selection, (10, 20)),
+        ("few", f"{worked.selection},limit=15", (10, 15)),
+    ):
+        asked = request(worked, select_data=text, settings=TrainingSettings(epochs=1, batch_size=48))
+        run(worked, tmp_path / name, asked, stop_at="materializing")
+        work = tmp_path / f"{name}.work"
+        filtered = load_supernet(work / "filtered").config.image_sets["selection"]
+        searched = RankConfig.load(work / "search-macs-60pct" / "ranks.json").selection
+        assert (filtered.images, searched.images) == expected
+
+
 REFUSED = {
     "a budget below the smallest subnet": ({"budget": "macs=9%"}, r"below the smallest subnet; the space reaches from"),
     "a budget written wrongly": ({"budget": "parms=1M"}, "Did you mean params"),
     "no such space": ({"space": "sevenths"}, "eighths"),
     "no such layers": ({"layers": ("fc9",)}, "selected by fc9"),
     "images that are not there": ({"data": "nowhere"}, "nowhere"),
+    "a share that is none": ({"share": 30}, "above 0 and at most at 1"),
+    "fp16 without a GPU": ({"settings": quick(precision="fp16")}, "fp16 needs a GPU"),
+    "no such optimizer": ({"settings": quick(optimizer="adamm")}, "adamm"),
+    "no such schedule": ({"settings": quick(schedule="cosin")}, "cosin"),
+    "a batch of more than all images": ({"settings": quick(batch_size=49)}, "fewer than one batch"),
+    "passes that do not divide a batch": ({"settings": quick(accumulation=5)}, "does not divide"),
+    "mixup of an odd batch": ({"settings": quick(batch_size=15, augmentation={"mixup": 0.8})}, "mix images in pairs"),
+    "a teacher without weights": ({"teacher": "vit_tiny_patch16_224"}, "random weights"),
+    "a checkpoint of the dense teacher": ({"teacher_checkpoint": Path("file")}, "--teacher NAME"),
+    "a checkpoint of no teacher": ({"teacher": "none", "teacher_checkpoint": Path("file")}, "other teacher options"),
 }
 
 
@@ -238,4 +400,91 @@ def test_what_a_later_step_would_refuse_is_refused_at_once(worked, tmp_path, cha
 def test_a_compact_model_is_not_compressed_again(worked, tmp_path):
     with pytest.raises(InputError, match="factorized already"):
         compress(load_model(str(worked.compact)), tmp_path / "out", request(worked))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_does_not_fit_is_refused_at_once(worked, tmp_path):
+    config = load_model_folder(worked.dense).config
+    larger = config.preprocessing.model_copy(update={"input_size": (1, 32, 32)})
+    for name, args, update, says in (
+        ("classes", {"num_classes": 7}, {}, "has 7 classes, the student 10"),
+        ("input", {"img_size": 32}, {"preprocessing": larger}, r"\(1, 32, 32\), the student of \(1, 28, 28\)"),
+    ):
+        teacher = tmp_path / name
+        save_model(teacher, tiny_model(**args), config.model_copy(update={"args": tiny_args(**args), **update}))
+        with pytest.raises(InputError, match=says):
+            run(worked, tmp_path / "out", request(worked, teacher=str(teacher)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "input"]
+
+
+def test_the_checkpoint_of_a_teacher_by_name_is_read(worked, tmp_path):
+    save_weights(tmp_path / "teacher.safetensors", timm.create_model(MODEL, num_classes=10).state_dict())
+    asked = request(worked, teacher=MODEL, teacher_checkpoint=tmp_path / "teacher.safetensors")
+    with pytest.raises(InputError, match=r"The teacher takes images of \(3, 224, 224\)"):
+        run(worked, tmp_path / "out", asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
+
+
+def test_a_model_that_cannot_leave_out_patches_is_refused_at_once(worked, tmp_path):
+    config = ModelConfig(model=FAMILIES["swin"][0], args=tiny_args("swin"), preprocessing=GREY)
+    save_model(tmp_path / "swin", tiny_model("swin"), config)
+    asked = request(worked, settings=quick(patch_drop=0.2), budget="macs=90%")
+    with pytest.raises(InputError, match="cannot leave out patches"):
+        compress(load_model(str(tmp_path / "swin")), tmp_path / "out", asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["swin"]
+
+
+@pytest.mark.parametrize(
+    ("role", "says"),
+    [
+        ("data", "The training images have a label 9, the model has 7"),
+        ("select_data", "has a label 9, the model has 7"),
+    ],
+)
+def test_labels_beyond_the_classes_are_refused_at_once(worked, tmp_path, role, says):
+    """A model of seven classes; images of ten for one role, of the first seven for the others."""
+    args = tiny_args(num_classes=7)
+    save_model(tmp_path / "model", tiny_model(num_classes=7), ModelConfig(model=MODEL, args=args, preprocessing=GREY))
+    seven = {
+        name: first_classes(tmp_path / name, getattr(worked, name)) for name in ("training", "selection", "images")
+    }
+    sets = {"data": seven["training"], "select_data": seven["selection"]}
+    asked = request(
+        worked,
+        **sets | {role: {"data": worked.training, "select_data": worked.selection}[role]},
+        settings=quick(batch_size=8),
+        export=ExportRequest(eval_data=seven["images"]),
+    )
+    with pytest.raises(InputError, match=says):
+        compress(load_model(str(tmp_path / "model")), tmp_path / "out", asked)
+    assert not (tmp_path / "out.work").exists()
+
+
+def first_classes(folder: Path, text: object) -> str:
+    """The images of the first seven classes of a set, as class folders."""
+    images = TimmImages(str(text), GREY)
+    for index in images.dataset(lambda image: image).indices:
+        file, label = images._source.reader[index]
+        if label < 7:
+            path = folder / str(label) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.read())
+    return str(folder)
+
+
+def test_images_without_labels_are_refused_at_once_where_the_fitness_needs_them(worked, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for path in Path(first_classes(tmp_path / "classes", worked.selection)).rglob("*.png"):
+        path.rename(tmp_path / "flat" / path.name)
+    with pytest.raises(InputError, match="has no labels, which the fitness loss needs"):
+        run(worked, tmp_path / "out", request(worked, select_data=str(tmp_path / "flat")))
+    step = "factorizing"
+    asked = request(worked, select_data=str(tmp_path / "flat"), fitness="distance")
+    assert run(worked, tmp_path / "out", asked, stop_at=step) == [step]
+
+
+@pytest.mark.parametrize("role", ["calibration", "training"])
+def test_images_to_choose_by_that_another_step_sees_are_refused_at_once(worked, tmp_path, role):
+    with pytest.raises(InputError, match=rf"images of the selection set .* also in the {role} set"):
+        run(worked, tmp_path / "out", request(worked, select_data=getattr(worked, role)))
     assert list(tmp_path.iterdir()) == []

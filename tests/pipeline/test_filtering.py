@@ -33,6 +33,10 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of_file(path) for path in folder.iterdir()}
 
 
+def times(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
+
+
 def interrupt(scores: BlockScores) -> None:
     raise KeyboardInterrupt
 
@@ -133,6 +137,50 @@ def test_a_block_that_was_scored_is_not_scored_again(worked, filtered, tmp_path)
     first, second = report.blocks
     assert first.image_forwards == 12345
     assert second == FilterReport.load(filtered / FILTER_REPORT).blocks[1]
+
+
+def test_a_finished_filter_is_not_done_again(worked, filtered):
+    before, started = times(filtered), []
+    again, report = filter_space(
+        worked.supernet, filtered, request(worked), on_start=started.append, on_block=interrupt
+    )
+    assert (started, times(filtered)) == ([True], before)
+    assert again.config == load_supernet(filtered).config
+    assert report == FilterReport.load(filtered / FILTER_REPORT)
+
+
+@pytest.mark.parametrize("change", [{"share": 0.5}, {"select_data": "other"}, {"source": "other"}, {"restart": True}])
+def test_a_finished_filter_is_done_again_with_other_settings_or_when_told_to(worked, filtered, tmp_path, change):
+    out = shutil.copytree(filtered, tmp_path / "out")
+    change = dict(change)
+    source = worked.trained if change.pop("source", None) else worked.supernet
+    if "select_data" in change:
+        change["select_data"] = f"{worked.selection},limit=11"
+    started: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        filter_space(source, out, request(worked, **change), on_start=started.append, on_block=interrupt)
+    assert started == [False]
+    assert contents(out) == contents(filtered), "what is there stays until the new one is complete"
+
+
+def test_redone_and_stopped_it_goes_on_with_the_redoing(worked, filtered, tmp_path):
+    out = shutil.copytree(filtered, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        filter_space(worked.supernet, out, request(worked, restart=True), on_block=interrupt)
+    started: list[bool] = []
+    filter_space(worked.supernet, out, request(worked), on_start=started.append)
+    assert started == [False]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(out) == contents(filtered)
+
+
+def test_what_another_command_left_unfinished_stays_beside_a_finished_output(worked, filtered, tmp_path):
+    out = shutil.copytree(filtered, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        filter_space(worked.supernet, out, request(worked, share=0.5), on_block=interrupt)
+    before = contents(tmp_path / "out.work")
+    filter_space(worked.supernet, out, request(worked), on_block=interrupt)
+    assert contents(tmp_path / "out.work") == before
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A search writes ranks within budget and space, the Pareto set, its history and figures, whatever interrupts it."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,6 +29,7 @@ from flora.pipeline.search import (
 from flora.ranks.budget import Budget
 from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings, SearchState
+from flora.resume import SETTINGS
 from flora.training.data import TimmImages
 from flora.training.evaluate import evaluate
 from flora.training.selection import SelectionImages, log_probabilities
@@ -90,7 +92,7 @@ def test_the_ranks_found_lie_within_their_budget_and_the_space(worked, searched)
 
 
 def test_one_budget_gives_one_file_and_several_one_each(worked, searched, tmp_path):
-    shared = {PARETO, HISTORY, FIGURES}
+    shared = {PARETO, HISTORY, FIGURES, SETTINGS}
     assert {path.name for path in searched.folder.iterdir()} == {
         *shared,
         "ranks-macs-70pct.json",
@@ -258,6 +260,24 @@ def test_interrupted_after_a_generation_and_resumed_equals_uninterrupted(worked,
     assert noted == [(text, generation) for text in worked.budgets for generation in range(3)]
     assert contents(tmp_path / "out") == contents(searched.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_finished_search_is_not_done_again_and_says_the_same(worked, searched):
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in searched.folder.iterdir()}
+
+    before, started = times(), []
+    again = search(worked.trained, searched.folder, request(worked), on_start=started.append, on_generation=interrupt)
+    assert (started, times()) == ([True], before)
+    assert again == searched.outcome
+
+
+@pytest.mark.parametrize("change", [{"fitness": "agreement"}, {"settings": FIRST_ONLY}, {"restart": True}])
+def test_a_finished_search_is_done_again_with_other_settings_or_when_told_to(worked, searched, tmp_path, change):
+    out = shutil.copytree(searched.folder, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        search(worked.trained, out, request(worked, **change), on_generation=interrupt)
+    assert contents(out) == contents(searched.folder)
 
 
 DIFFERENT = {

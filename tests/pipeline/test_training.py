@@ -20,9 +20,10 @@ from flora.lowrank.checkpoint import (
     load_supernet,
     save_model,
 )
-from flora.lowrank.weights import read_weights
+from flora.lowrank.weights import read_weights, save_weights
 from flora.pipeline.filter import FILTER_REPORT
 from flora.pipeline.train import TrainRequest, train
+from flora.resume import SETTINGS, Job, WorkFolder
 from flora.training.data import TimmImages
 from flora.training.evaluate import evaluate
 from flora.training.settings import TrainingSettings
@@ -122,6 +123,71 @@ def test_interrupted_and_resumed_equals_uninterrupted(worked, whole, tmp_path, s
     assert epochs == [2]
     assert contents(tmp_path / "out") == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def interrupt(step: int, steps: int, loss: float) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_finished_training_is_not_done_again(worked, whole):
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+
+    before, started = times(), []
+    asked = request(worked, settings=with_all())
+    again = train(worked.filtered, whole, asked, on_start=started.append, on_step=interrupt)
+    assert (started, times()) == ([True], before)
+    assert again.config == load_supernet(whole).config
+
+
+@pytest.mark.parametrize("change", [{"settings": settings()}, {"teacher": "none"}, {"restart": True}])
+def test_a_finished_training_is_done_again_with_other_settings_or_when_told_to(worked, whole, tmp_path, change):
+    out = shutil.copytree(whole, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        train(worked.filtered, out, request(worked, **({"settings": with_all()} | change)), on_step=interrupt)
+    assert contents(out) == contents(whole)
+
+
+def test_a_source_that_has_changed_is_trained_again(worked, whole, tmp_path):
+    """The space, and what lies beside the factors, count as the factors do; a copy of the folder is the same source."""
+    source, out = shutil.copytree(worked.filtered, tmp_path / "source"), shutil.copytree(whole, tmp_path / "out")
+    started: list[bool] = []
+    asked = request(worked, settings=with_all())
+    train(source, out, asked, on_start=started.append, on_step=interrupt)
+    assert started == [True]
+    originals = {path.name: path.read_bytes() for path in source.iterdir()}
+    config, report = (json.loads(originals[name]) for name in (SUPERNET_CONFIG, FILTER_REPORT))
+    config["space"]["candidates"][0].pop(1)
+    report["blocks"][0]["errors"][0] += 1
+    weights = {name: tensor + 0.01 for name, tensor in read_weights(source / DENSE_WEIGHTS).items()}
+    for name, content in ((SUPERNET_CONFIG, json.dumps(config)), (FILTER_REPORT, json.dumps(report))):
+        (source / name).write_text(content)
+        with pytest.raises(KeyboardInterrupt):
+            train(source, out, asked, on_step=interrupt)
+        shutil.rmtree(tmp_path / "out.work")
+        (source / name).write_bytes(originals[name])
+    save_weights(source / DENSE_WEIGHTS, weights)
+    with pytest.raises(KeyboardInterrupt):
+        train(source, out, asked, on_step=interrupt)
+
+
+def test_killed_between_its_output_and_the_end_it_goes_on_without_training(worked, whole, tmp_path, monkeypatch):
+    asked = request(worked, settings=with_all())
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", lambda work: interrupt(0, 0, 0))
+        with pytest.raises(KeyboardInterrupt):
+            train(worked.filtered, tmp_path / "out", asked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.work"]
+    train(worked.filtered, tmp_path / "out", asked, on_step=interrupt)
+    assert contents(tmp_path / "out") == contents(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_settings_of_the_source_are_not_those_of_what_was_trained(worked, whole):
+    """A filtered supernet has a file of that name, too."""
+    settings_of = [Job.load(folder / SETTINGS).settings for folder in (worked.filtered, whole)]
+    assert ["share" in values for values in settings_of] == [True, False]
+    assert ["epochs" in values for values in settings_of] == [False, True]
 
 
 DIFFERENT = {

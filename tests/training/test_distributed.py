@@ -17,10 +17,13 @@ from flora.lowrank.checkpoint import (
     SUPERNET_WEIGHTS,
     LoadedModel,
     ModelConfig,
+    load_model_folder,
     load_supernet,
+    save_model,
 )
 from flora.lowrank.weights import read_weights
 from flora.pipeline.build import build
+from flora.resume import Job, WorkFolder
 from tests.flora_command import flora, leftovers, start_flora
 from tests.samples import GREY, tiny_args, tiny_model
 from tests.worked_example import FASHION, MODEL
@@ -122,7 +125,8 @@ def test_search_gives_the_files_of_one_process_for_candidates_that_do_not_divide
     ended = in_two(tmp_path, *args, tmp_path / "two")
     assert [process.code for process in ended] == [0, 0], ended
     found = contents(tmp_path / "two")
-    assert found.keys() == {"pareto.json", "history.json", "ranks-macs-70pct.json", "ranks-macs-55pct.json"}
+    ranks = {"ranks-macs-70pct.json", "ranks-macs-55pct.json"}
+    assert found.keys() == {"pareto.json", "history.json", "settings.json", *ranks}
     assert found == contents(tmp_path / "one")
     assert ended[1].log == "", "one process prints"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log-0", "log-1", "one", "two"]
@@ -162,14 +166,61 @@ def test_a_command_that_cannot_be_done_ends_every_process_with_its_message(filte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log-0", "log-1"]
 
 
-def test_what_the_writing_process_alone_refuses_ends_the_other_one_too(filtered, tmp_path):
-    (tmp_path / "out.work").mkdir()
-    (tmp_path / "out.work" / "settings.json").write_text('{"budgets": ["macs=50%"]}')
+def test_what_is_finished_is_finished_for_every_process(supernet, filtered, tmp_path):
+    before = {path.name: path.stat().st_mtime_ns for path in filtered.iterdir()}
+    ended = in_two(tmp_path, "filter", supernet, "--select-data", SELECTION, "-o", filtered, "--threads", 1)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert ended[0].log.count("is finished; there is nothing to do") == 1
+    assert ended[1].log == "", "one process prints"
+    assert {path.name: path.stat().st_mtime_ns for path in filtered.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed") / "dense"
+    save_model(folder, tiny_model(), ModelConfig(model=MODEL, args=tiny_args(), preprocessing=GREY))
+    return folder
+
+
+COMPRESS = (
+    *("--method", "supernet", "--budget", "macs=60%", "--layers", "qkv,fc1,fc2", "--space", "ratios=0.2,0.5,1"),
+    *(
+        "--data",
+        TRAINING,
+        "--select-data",
+        f"{SELECTION},limit=30",
+        "--calib-data",
+        f"{FASHION / 'calibration.tar'},limit=32",
+    ),
+    *("--eval-data", f"{FASHION / 'test.tar'},limit=20", "--population", 4, "--generations", 1, "--max-drop", 100),
+    *("--epochs", 1, "--batch-size", 12, "--threads", 1),
+)
+
+
+def test_compress_leads_two_processes_to_one_bundle_and_does_what_has_changed(dense, tmp_path):
+    out = tmp_path / "bundle"
+    ended = in_two(tmp_path, "compress", dense, *COMPRESS, "-o", out)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert ended[1].log == "", "one process prints"
+    trained = out.with_name("bundle.work") / "trained"
+    before = contents(trained), (trained / SUPERNET_WEIGHTS).stat().st_mtime_ns
+    again = in_two(tmp_path, "compress", dense, *COMPRESS, "--finetune-epochs", 0, "-o", out)
+    assert [one.code for one in again] == [0, 0], again
+    assert (contents(trained), (trained / SUPERNET_WEIGHTS).stat().st_mtime_ns) == before
+    assert len(load_model_folder(out / "model").config.training) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.work", "log-0", "log-1"]
+    assert leftovers(tmp_path) == []
+
+
+def test_an_unfinished_job_of_other_settings_is_refused_by_every_process(filtered, tmp_path):
+    WorkFolder.of(tmp_path / "out").open(Job(settings={"budgets": ["macs=50%"]}))
     ended = in_two(
         *(tmp_path, "search", filtered, "--select-data", SELECTION, "--budget", "macs=70%"),
         *(*SEARCH, "-o", tmp_path / "out"),
     )
-    assert ended[0].code == 1
-    assert "holds an unfinished job with other settings" in ended[0].log
-    assert ended[1].code == 1, "ended by itself, not by the test"
+    for one in ended:
+        assert one.code == 1, one
+        assert "flora: " in one.log
+        assert "holds an unfinished job with other settings" in one.log
+        assert "Traceback" not in one.log
     assert not (tmp_path / "out").exists()
