@@ -126,7 +126,7 @@ def compress(
             out,
             TrainRequest(
                 data=training,
-                settings=request.settings.model_copy(update={"epochs": epochs}),
+                settings=request.settings.with_epochs(epochs),
                 teacher=request.teacher,
                 device=device,
                 workers=request.workers,
@@ -202,6 +202,8 @@ def _refuse_early(model: LoadedModel, request: CompressRequest, image_sets: tupl
         space.block_candidates(index)
     check_reachable(Budget.parse(request.budget, cost), space, cost)
     request.export.engine_specs()
+    if request.finetune_epochs:
+        request.settings.with_epochs(request.finetune_epochs)
     evaluation = TimmImages(request.export.eval_data, preprocessing).record()
     for role, text in zip(("calibration", "selection", "training"), image_sets, strict=True):
         images = TimmImages(text, preprocessing)

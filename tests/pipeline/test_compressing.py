@@ -225,6 +225,10 @@ REFUSED = {
     "no such space": ({"space": "sevenths"}, "eighths"),
     "no such layers": ({"layers": ("fc9",)}, "selected by fc9"),
     "images that are not there": ({"data": "nowhere"}, "nowhere"),
+    "a warm-up as long as the fine-tuning": (
+        {"settings": TrainingSettings(epochs=3, batch_size=24, warmup_epochs=1)},
+        "warm-up of 1 epochs does not fit into a run of 1",
+    ),
 }
 
 
