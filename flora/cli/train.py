@@ -69,7 +69,7 @@ def command(
     torchrun --no-python --nproc_per_node N flora train ...
     """
     set_threads(threads)
-    from flora.cli.output import print_json, print_next, print_table, progress
+    from flora.cli.output import TrainingProgress, print_json, print_next, print_table
     from flora.cli.training import settings_from_options
     from flora.lowrank.checkpoint import is_supernet_folder
     from flora.pipeline.train import TrainRequest, train
@@ -91,8 +91,8 @@ def command(
         workers=workers,
         restart=restart,
     )
-    with progress("training", settings.epochs, hidden=as_json or not is_main()) as advance:
-        trained = train(model, out, request, on_epoch=lambda figures: advance(1))
+    with TrainingProgress(settings.epochs, hidden=as_json or not is_main()) as shown:
+        trained = train(model, out, request, on_step=shown.on_step, on_epoch=shown.on_epoch)
     if not is_main():
         return
     history = trained.config.training[-1].history

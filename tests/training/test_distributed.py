@@ -166,6 +166,7 @@ def test_train_gives_nearly_the_weights_of_one_process(filtered, tmp_path):
     two = torchrun(*args, tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("Wrote the model") == 1, "one process prints"
+    assert [two.stderr.count(f"epoch {epoch} of 2, loss ") for epoch in (1, 2)] == [1, 1], two.stderr
     start, alone, together = (
         read_weights(f / SUPERNET_WEIGHTS) for f in (filtered, tmp_path / "one", tmp_path / "two")
     )

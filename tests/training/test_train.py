@@ -250,6 +250,17 @@ def test_the_history_holds_each_epochs_mean_loss_and_the_figures_given(bench: Be
         assert line == {"epoch": epoch + 1, "loss": pytest.approx(mean, abs=1e-5), "top1": 10.0 * (epoch + 1)}
 
 
+def test_each_epoch_is_told_once_with_its_line_of_the_history_and_its_seconds(bench: Bench):
+    told: list[dict] = []
+    with pytest.raises(StoppedError):
+        bench.trainer().run(on_step=stop_at(8), on_epoch=told.append)
+    resumed = bench.trainer()
+    resumed.run(at_epoch_end=lambda module: {"top1": 5.0}, on_epoch=told.append)
+    assert all(figures.pop("seconds") > 0 for figures in told)
+    assert told == resumed.progress.history
+    assert [figures["epoch"] for figures in told] == [1, 2, 3]
+
+
 def test_fp16_needs_a_gpu():
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         accelerator(CPU, "fp16")
