@@ -109,6 +109,11 @@ def test_the_papers_road_chooses_by_other_images_than_it_learns_from():
     assert places["data"].isdisjoint(places["select_data"])
 
 
+def test_a_preset_in_fp16_is_shown_with_the_gpu_that_it_needs():
+    presets = {step["preset"]: step["device"] for step in road() if step.get("preset")}
+    assert {device for preset, device in presets.items() if PRESETS[preset].precision == "fp16"} == {"cuda"}
+
+
 @pytest.mark.parametrize("words", commands_of("flora"), ids=" ".join)
 def test_budgets_spaces_and_presets_are_ones_that_exist(words):
     if words[1].startswith("-"):

@@ -126,4 +126,8 @@ def command(
             ]
         ],
     )
-    print_next(f"the supernet {out}", f"flora materialize {out} --uniform-macs 50% -o {out}-compact")
+    print_next(
+        f"the supernet {out}",
+        f"flora materialize {out} --uniform-macs 50% -o {out}-compact",
+        f"flora filter {out} --select-data IMAGES -o {out}-filtered",
+    )

@@ -9,11 +9,13 @@ from flora.cli.options import (
     IMAGES_HELP,
     device_option,
     fitness_option,
+    generations_option,
     json_option,
     max_drop_option,
     model_options,
     out_option,
     parse_model_kwargs,
+    population_option,
     set_threads,
     split_names,
     targets_option,
@@ -52,8 +54,8 @@ from flora.cli.options import (
 @click.option("--space", default="eighths", show_default=True, metavar="SPACE", help="As in flora build.")
 @click.option("--share", type=float, default=0.3, show_default=True, help="Part of each cost bin that filtering keeps.")
 @fitness_option
-@click.option("--population", type=int, default=50, show_default=True, help="Configs in a generation of the search.")
-@click.option("--generations", type=int, default=20, show_default=True, help="Generations after the first one.")
+@population_option
+@generations_option
 @teacher_options
 @training_options("default")
 @click.option(

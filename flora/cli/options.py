@@ -7,6 +7,10 @@ from typing import Any
 
 import click
 
+from flora.ranks.evolution import SearchSettings
+from flora.ranks.space import DEFAULT_SPACE
+from flora.training.settings import AUGMENTATIONS, PRESETS
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads for torch and ONNX Runtime (default: theirs)."
@@ -71,39 +75,55 @@ def teacher_options(command: Callable) -> Callable:
     return command
 
 
+# Options by the name of the setting that they change, where the two differ.
+SETTING_OF = {"lr": "learning_rate", "min_lr": "min_learning_rate", "warmup_lr": "warmup_learning_rate"}
+
+
 def training_options(preset: str) -> Callable:
-    """How to train; an option that is not given is what the preset says."""
+    """How to train; an option that is not given is what the preset says, and help names what `preset` does."""
+    settings = PRESETS[preset]
+    augmentation = next(name for name, value in AUGMENTATIONS.items() if value == settings.augmentation)
+
+    def option(name: str, help: str, type: Any = None) -> Callable:
+        setting = name.replace("-", "_")
+        value = getattr(settings, SETTING_OF.get(setting, setting))
+        shown = augmentation if name == "augmentation" else f"{value:g}" if isinstance(value, float) else value
+        return click.option(f"--{name}", type=type, help=f"{help} (default: {'none' if value is None else shown})")
+
     options = (
-        click.option("--preset", help=f"Settings to start from: default, deit-s, deit-b, local ({preset})."),
-        click.option("--epochs", type=int, help="Passes over the training images."),
-        click.option("--batch-size", type=int, help="Images of one step, over all processes and passes."),
-        click.option("--accumulation", type=int, help="Passes that one step accumulates."),
-        click.option("--lr", type=float, help="Highest learning rate."),
-        click.option("--min-lr", type=float, help="Learning rate at the end of the schedule."),
-        click.option("--warmup-epochs", type=float, help="Epochs, or a part of one, in which the rate rises."),
-        click.option("--warmup-lr", type=float, help="Learning rate that the warm-up begins with."),
-        click.option("--optimizer", help="One of timm's optimizers, e.g. adamw."),
-        click.option("--schedule", help="One of timm's schedules, e.g. cosine."),
-        click.option("--weight-decay", type=float, help="Weight decay, for matrices only."),
-        click.option("--clip-grad", type=float, help="Largest norm of the gradient."),
-        click.option("--ema-decay", type=float, help="Keep a moving average of the weights, and write that."),
-        click.option("--precision", type=click.Choice(["no", "fp16", "bf16"]), help="Mixed precision."),
         click.option(
-            "--sampling",
-            type=click.Choice(["low-rank-aware", "uniform"]),
-            help="How a step draws its ranks; low-rank-aware: in proportion to 1 / the product of the rank ratios.",
+            "--preset",
+            help=f"Settings to start from: {', '.join(PRESETS)}; the defaults below are those of '{preset}'.",
         ),
-        click.option("--sandwich", type=int, help="Each step trains the largest, the smallest and N drawn subnets."),
-        click.option("--task-weight", type=float, help="Share of the labels in the loss beside the teacher (0 to 1)."),
-        click.option("--temperature", type=float, help="Softmax temperature of the distillation."),
-        click.option("--label-smoothing", type=float, help="Smoothing of the labels where they count."),
-        click.option("--patch-drop", type=float, help="Share of patches that a ViT leaves out while training."),
-        click.option(
-            "--augmentation",
-            type=click.Choice(["light", "imagenet"]),
-            help="light: crops of at least three quarters; imagenet: the paper's, with RandAugment.",
+        option("epochs", "Passes over the training images.", int),
+        option("batch-size", "Images of one step, over all processes and passes.", int),
+        option("accumulation", "Passes that one step accumulates.", int),
+        option("lr", "Highest learning rate.", float),
+        option("min-lr", "Learning rate at the end of the schedule.", float),
+        option("warmup-epochs", "Epochs, or a part of one, in which the rate rises.", float),
+        option("warmup-lr", "Learning rate that the warm-up begins with.", float),
+        option("optimizer", "One of timm's optimizers, e.g. adamw."),
+        option("schedule", "One of timm's schedules, e.g. cosine."),
+        option("weight-decay", "Weight decay, for matrices only.", float),
+        option("clip-grad", "Largest norm of the gradient.", float),
+        option("ema-decay", "Keep a moving average of the weights, and write that.", float),
+        option("precision", "Mixed precision.", click.Choice(["no", "fp16", "bf16"])),
+        option(
+            "sampling",
+            "How a step draws its ranks; low-rank-aware: in proportion to 1 / the product of the rank ratios.",
+            click.Choice(["low-rank-aware", "uniform"]),
         ),
-        click.option("--seed", type=int, help="Seed of everything drawn."),
+        option("sandwich", "Each step trains the largest, the smallest and N drawn subnets.", int),
+        option("task-weight", "Share of the labels in the loss beside the teacher (0 to 1).", float),
+        option("temperature", "Softmax temperature of the distillation.", float),
+        option("label-smoothing", "Smoothing of the labels where they count.", float),
+        option("patch-drop", "Share of patches that a ViT leaves out while training.", float),
+        option(
+            "augmentation",
+            "light: crops of at least three quarters; imagenet: the paper's, with RandAugment.",
+            click.Choice(list(AUGMENTATIONS)),
+        ),
+        option("seed", "Seed of everything drawn.", int),
     )
 
     def decorate(command: Callable) -> Callable:
@@ -112,6 +132,22 @@ def training_options(preset: str) -> Callable:
         return command
 
     return decorate
+
+
+population_option = click.option(
+    "--population",
+    type=int,
+    default=SearchSettings.population,
+    show_default=True,
+    help="Configs in a generation of the search.",
+)
+generations_option = click.option(
+    "--generations",
+    type=int,
+    default=SearchSettings.generations,
+    show_default=True,
+    help="Generations after the first one.",
+)
 
 
 def space_options(command: Callable) -> Callable:
@@ -123,7 +159,7 @@ def space_options(command: Callable) -> Callable:
         click.option(
             "--space",
             metavar="SPACE",
-            default="multiples=8",
+            default=DEFAULT_SPACE,
             show_default=True,
             help="Ranks to choose from: eighths, sixths, sixteenths of the full rank (deit-b, deit-s, swin are the "
             "paper's), multiples=N, or ratios=R,R,...",

@@ -31,11 +31,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     console.print(table)
 
 
-def print_next(wrote: str, command: str | None = None) -> None:
-    """What was written, and the next command to type."""
+def print_next(wrote: str, *commands: str) -> None:
+    """What was written, and the next command to type, or several to choose from."""
     print(f"Wrote {wrote}")
-    if command:
-        print(f"Next: {command}")
+    for number, command in enumerate(commands):
+        print(f"{'  or' if number else 'Next'}: {command}")
 
 
 def say_when_done(out: Path, *, hidden: bool = False) -> Callable[[bool], None]:
@@ -54,6 +54,33 @@ def progress(description: str, total: int | None, *, hidden: bool = False) -> It
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps=1: bar.advance(task, steps)
+
+
+class TrainingProgress:
+    """A bar of steps and a line for each epoch, on stderr, inside `with`.
+
+    The bar begins at the first step that it is told of, which is a later one in a run that goes on.
+    """
+
+    def __init__(self, epochs: int, *, hidden: bool = False) -> None:
+        self._epochs = epochs
+        self._bar = Progress(console=Console(stderr=True, quiet=hidden), transient=True, disable=hidden)
+        self._task = self._bar.add_task("training", total=None)
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def on_step(self, step: int, steps: int, loss: float) -> None:
+        self._bar.update(self._task, completed=step, total=steps, description=f"training, loss {loss:.3f}")
+
+    def on_epoch(self, figures: dict[str, Any]) -> None:
+        accuracies = [f"{name} {value:.2f} %" for name, value in figures.items() if name.startswith("top1")]
+        line = [f"epoch {figures['epoch']} of {self._epochs}", f"loss {figures['loss']:.4f}", *accuracies]
+        self._bar.console.print(", ".join([*line, f"{figures['seconds']:.1f} s"]), highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -9,14 +9,17 @@ from flora.cli.options import (
     batch_size_option,
     device_option,
     fitness_option,
+    generations_option,
     json_option,
     out_option,
+    population_option,
     restart_option,
     set_threads,
     threads_option,
     torch_device,
     workers_option,
 )
+from flora.ranks.evolution import SearchSettings
 
 
 @click.command("search")
@@ -32,15 +35,34 @@ from flora.cli.options import (
 @click.option("--select-data", metavar="IMAGES", required=True, help=f"Images to choose by: {IMAGES_HELP}.")
 @out_option("result")
 @fitness_option
-@click.option("--population", type=int, default=50, show_default=True, help="Configs in a generation.")
-@click.option("--parents", type=int, default=10, show_default=True, help="Best configs that a generation comes from.")
-@click.option("--mutants", type=int, default=25, show_default=True, help="Mutated parents in a generation.")
-@click.option("--crossovers", type=int, default=25, show_default=True, help="Children of two in a generation.")
-@click.option("--generations", type=int, default=20, show_default=True, help="After the first one.")
-@click.option("--mutation-probability", type=float, default=0.2, show_default=True, help="For each block.")
-@click.option("--window", type=float, default=0.05, show_default=True, help="Part of the budget to search below it.")
-@click.option("--halving/--no-halving", default=True, help="Stop clearly worse configs early (on by default).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything drawn.")
+@population_option
+@click.option(
+    "--parents", type=int, help="Best configs that a generation comes from (default: a fifth of the population)."
+)
+@click.option("--mutants", type=int, help="Mutated parents in a generation (default: half of the population).")
+@click.option("--crossovers", type=int, help="Children of two in a generation (default: half of the population).")
+@generations_option
+@click.option(
+    "--mutation-probability",
+    type=float,
+    default=SearchSettings.mutation_probability,
+    show_default=True,
+    help="For each block.",
+)
+@click.option(
+    "--window",
+    type=float,
+    default=SearchSettings.window,
+    show_default=True,
+    help="Part of the budget to search below it.",
+)
+@click.option(
+    "--halving/--no-halving",
+    default=SearchSettings.halving,
+    show_default=True,
+    help="Stop clearly worse configs early.",
+)
+@click.option("--seed", type=int, default=SearchSettings.seed, show_default=True, help="Seed of everything drawn.")
 @batch_size_option(250)
 @workers_option
 @device_option
@@ -54,9 +76,9 @@ def command(
     out: Path,
     fitness: str,
     population: int,
-    parents: int,
-    mutants: int,
-    crossovers: int,
+    parents: int | None,
+    mutants: int | None,
+    crossovers: int | None,
     generations: int,
     mutation_probability: float,
     window: float,
@@ -79,7 +101,6 @@ def command(
     from flora.cli.output import millions, print_json, print_next, print_table, progress, say_when_done
     from flora.lowrank.checkpoint import load_supernet
     from flora.pipeline.search import SearchRequest, plan_search, search
-    from flora.ranks.evolution import SearchSettings
     from flora.training.processes import is_main, processes
 
     where = torch_device(device)
@@ -88,12 +109,12 @@ def command(
         select_data=select_data,
         budgets=budgets,
         fitness=fitness,  # type: ignore[arg-type]
-        settings=SearchSettings(
-            population=population,
+        settings=SearchSettings.of_size(
+            population,
+            generations,
             parents=parents,
             mutants=mutants,
             crossovers=crossovers,
-            generations=generations,
             mutation_probability=mutation_probability,
             window=window,
             seed=seed,

@@ -62,7 +62,7 @@ def command(
     several devices: torchrun --no-python --nproc_per_node N flora train ...
     """
     set_threads(threads)
-    from flora.cli.output import print_json, print_next, print_table, progress, say_when_done
+    from flora.cli.output import TrainingProgress, print_json, print_next, print_table, say_when_done
     from flora.cli.training import settings_from_options
     from flora.lowrank.checkpoint import is_supernet_folder
     from flora.pipeline.train import TrainRequest, train
@@ -84,11 +84,12 @@ def command(
         workers=workers,
         restart=restart,
     )
-    with progress("training", settings.epochs, hidden=as_json or not is_main()) as advance:
+    with TrainingProgress(settings.epochs, hidden=as_json or not is_main()) as shown:
         trained = train(
             *(model, out, request),
             on_start=say_when_done(out, hidden=not is_main()),
-            on_epoch=lambda figures: advance(1),
+            on_step=shown.on_step,
+            on_epoch=shown.on_epoch,
         )
     if not is_main():
         return

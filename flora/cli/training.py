@@ -2,10 +2,8 @@
 
 from typing import Any
 
+from flora.cli.options import SETTING_OF
 from flora.training.settings import TrainingSettings, training_settings
-
-# Options by the name of the setting that they change, where the two differ.
-SETTING_OF = {"lr": "learning_rate", "min_lr": "min_learning_rate", "warmup_lr": "warmup_learning_rate"}
 
 
 def settings_from_options(options: dict[str, Any], *, preset: str = "default") -> TrainingSettings:

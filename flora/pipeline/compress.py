@@ -91,7 +91,7 @@ class CompressRequest:
         """How the supernet and the subnet that was found are trained."""
         return TrainRequest(
             data=self.image_sets[2],
-            settings=self.settings.model_copy(update={"epochs": epochs}),
+            settings=self.settings.with_epochs(epochs),
             teacher=self.teacher,
             teacher_checkpoint=self.teacher_checkpoint,
             device=self.device,
@@ -241,3 +241,5 @@ def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
             records[own].refuse_overlap(records[other], own_role=own, other_role=other)
     check_fitness(request.fitness, TimmImages(at_most(selection, SEARCH_IMAGES), preprocessing), model.module)
     check_training(model, request.training(request.settings.epochs))
+    if request.finetune_epochs:
+        request.training(request.finetune_epochs)

@@ -127,13 +127,12 @@ def train(
 
     def note_epoch(module: nn.Module) -> dict[str, Any]:
         figures = _accuracies(loaded, module, selection) if selection is not None else {}
-        on_epoch({"epoch": len(trainer.progress.history) + 1, **figures})
         if board:
             for name, value in figures.items():
                 board.add_scalar(f"selection/{name}", value, trainer.progress.step)
         return figures
 
-    module = trainer.run(on_step=note_step, at_epoch_end=note_epoch).cpu()
+    module = trainer.run(on_step=note_step, at_epoch_end=note_epoch, on_epoch=on_epoch).cpu()
     if board:
         board.close()
     trained = TrainingRecord(

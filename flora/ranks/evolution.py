@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,16 +57,30 @@ class SearchSettings:
     halving: bool = True
 
     @classmethod
-    def of_size(cls, population: int, generations: int, *, seed: int = 0) -> "SearchSettings":
-        """The paper's proportions at another size: half mutants, half crossovers, a fifth of them parents."""
+    def of_size(
+        cls,
+        population: int,
+        generations: int,
+        *,
+        parents: int | None = None,
+        mutants: int | None = None,
+        crossovers: int | None = None,
+        **others: Any,
+    ) -> "SearchSettings":
+        """The paper's proportions at another size: half mutants, half crossovers, a fifth of them parents.
+
+        Where more than half are to be of one kind, the other gets what is left.
+        """
         half = population // 2
+        if mutants is None:
+            mutants = half if crossovers is None else max(0, min(half, population - crossovers))
         return cls(
             population=population,
-            parents=max(1, population // 5),
-            mutants=half,
-            crossovers=half,
+            parents=max(1, population // 5) if parents is None else parents,
+            mutants=mutants,
+            crossovers=max(0, min(half, population - mutants)) if crossovers is None else crossovers,
             generations=generations,
-            seed=seed,
+            **others,
         )
 
     def __post_init__(self) -> None:
@@ -77,7 +91,7 @@ class SearchSettings:
         if self.parents > self.population or self.mutants + self.crossovers > self.population:
             raise InputError(
                 f"parents ({self.parents}) and mutants + crossovers ({self.mutants} + {self.crossovers}) are at most "
-                f"the population ({self.population})."
+                f"the population ({self.population}); lower them or raise --population."
             )
         if not 0 < self.mutation_probability <= 1:
             raise InputError(f"mutation_probability lies above 0 and at most at 1, got {self.mutation_probability}.")

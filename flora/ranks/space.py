@@ -14,7 +14,7 @@ GRIDS = {
     "sixths": tuple(n / 6 for n in range(1, 7)),
     "sixteenths": tuple(n / 16 for n in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16)),
 }
-DEFAULT_SPACE = "multiples=8"
+DEFAULT_SPACE = "eighths"
 PRESETS = {"deit-b": "eighths", "deit-s": "sixths", "swin": "sixths"}
 MOST_CANDIDATES = 20_000
 
@@ -79,7 +79,8 @@ class SearchSpace(BaseModel):
         if self.block_size(index) > MOST_CANDIDATES:
             raise InputError(
                 f"The block of {self.blocks[index][0]} has {self.block_size(index):,} candidates, at most "
-                f"{MOST_CANDIDATES:,} can be listed; use a coarser space: {', '.join(GRIDS)}, or larger multiples."
+                f"{MOST_CANDIDATES:,} can be listed; build again with a coarser --space: {', '.join(GRIDS)}, "
+                "or larger multiples."
             )
         return tuple(itertools.product(*(self.choices[name] for name in self.blocks[index])))
 

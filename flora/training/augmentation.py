@@ -11,38 +11,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from flora.errors import InputError
 from flora.training.data import TimmImages
-
-
-class Augmentation(BaseModel):
-    """Arguments of timm's training transform, and mixing of images (`mixup`, `cutmix`: their alphas)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = Field(default=0.5, ge=0, le=1)
-    auto_augment: str | None = None
-    color_jitter: float | None = None
-    erase: float = Field(default=0.0, ge=0, le=1)
-    mixup: float = Field(default=0.0, ge=0)
-    cutmix: float = Field(default=0.0, ge=0)
-
-    @property
-    def mixes(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
-
-
-AUGMENTATIONS = {
-    "light": Augmentation(scale=(0.75, 1.0), ratio=(0.9, 1.1), erase=0.15),
-    "imagenet": Augmentation(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, erase=0.25),
-}
+from flora.training.settings import Augmentation
 
 
 class AugmentedImages(Dataset):

@@ -5,6 +5,7 @@ order of the items. Items are computed whole by one process, so that results do 
 """
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,10 +18,13 @@ from flora.errors import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# torch's 10 or 30 minutes end a job in which the others wait for the one that builds, exports or trains.
+PATIENCE = timedelta(days=7)
+
 
 def processes(device: torch.device | None = None) -> PartialState:
     """The processes that run this command; `device` matters in the first call only."""
-    return PartialState(cpu=device is None or device.type == "cpu")
+    return PartialState(cpu=device is None or device.type == "cpu", timeout=PATIENCE)
 
 
 def accelerator(device: torch.device, precision: str) -> Accelerator:
@@ -30,6 +34,7 @@ def accelerator(device: torch.device, precision: str) -> Accelerator:
     """
     if precision == "fp16" and device.type == "cpu":
         raise InputError("fp16 needs a GPU, for it scales the loss there; on a CPU use --precision no, or bf16.")
+    processes(device)
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
 

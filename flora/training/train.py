@@ -7,6 +7,7 @@ distillation are timm's tasks, processes and precision Accelerate's.
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -100,10 +101,15 @@ class Trainer:
         *,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
         at_epoch_end: Callable[[nn.Module], dict[str, Any]] = lambda module: {},
+        on_epoch: Callable[[dict[str, Any]], None] = lambda figures: None,
     ) -> nn.Module:
-        """Train to the end; `on_step` gets each step and its loss, `at_epoch_end` adds figures to the history."""
+        """Train to the end; `on_step` gets each step and its loss, `at_epoch_end` adds figures to the history.
+
+        `on_epoch` gets each new line of the history with the seconds that the epoch took.
+        """
         self._load_state()
         for epoch in range(len(self.progress.history), self.settings.epochs):
+            began = time.monotonic()
             self.images.epoch = epoch
             answers = self.teacher.cache.epoch(epoch) if self.teacher and self.teacher.cache else None
             self.model.train()
@@ -120,6 +126,7 @@ class Trainer:
             module = self.trained()
             figures = {"loss": round(sum(losses) / len(losses), 5), **at_epoch_end(module)}
             self.progress.history.append({"epoch": epoch + 1, **figures})
+            on_epoch({**self.progress.history[-1], "seconds": time.monotonic() - began})
             self._save_state()
         module = self.trained()
         if self._patch_drop is not None:

@@ -1,6 +1,7 @@
 """Help of every command, lean start, and what is refused before anything is loaded."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ from click.testing import CliRunner
 
 from flora.cli import COMMANDS
 from flora.cli import flora as group
+from flora.ranks.evolution import SearchSettings
+from flora.training.settings import AUGMENTATIONS, PRESETS
 from tests.flora_command import flora
 
 COMMAND_NAMES = list(COMMANDS)
@@ -27,6 +30,36 @@ def test_help_names_every_option_and_says_what_it_does(name):
     for option in options_of(name):
         assert max(option.opts, key=len) in outcome.out
         assert option.help or option.name == "batch_size", f"--{option.name} has no help text"
+
+
+def help_of(name: str) -> dict[str, str]:
+    """The help of each option by its name, as it is printed on a wide terminal."""
+    shown = CliRunner().invoke(group, [name, "--help"], terminal_width=400, max_content_width=400).output
+    found = re.findall(r"^  (?:-\w, )?--([\w-]+)(.*(?:\n {3,}.*)*)", shown, re.MULTILINE)
+    return {option: text.strip() for option, text in found}
+
+
+@pytest.mark.parametrize(("name", "preset"), [("train", "default"), ("compress", "default"), ("filter", "local")])
+def test_help_names_what_the_preset_says_of_each_setting(name, preset):
+    renamed = {"learning_rate": "lr", "min_learning_rate": "min-lr", "warmup_learning_rate": "warmup-lr"}
+    shown = help_of(name)
+    assert f"the defaults below are those of '{preset}'" in shown["preset"]
+    for setting, value in PRESETS[preset]:
+        text = shown[renamed.get(setting, setting.replace("_", "-"))]
+        default = text.rpartition("(default: ")[2].removesuffix(")")
+        if setting == "augmentation":
+            assert AUGMENTATIONS[default] == value
+        elif isinstance(value, int | float):
+            assert float(default) == value, setting
+        else:
+            assert default == (value or "none"), setting
+
+
+@pytest.mark.parametrize("name", ["search", "compress"])
+def test_help_names_the_size_of_a_search(name):
+    shown = help_of(name)
+    assert f"[default: {SearchSettings.population}]" in shown["population"]
+    assert f"[default: {SearchSettings.generations}]" in shown["generations"]
 
 
 @pytest.mark.parametrize("name", COMMAND_NAMES)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import resource
 import shutil
 import signal
@@ -64,7 +65,7 @@ def kill_in_second_write() -> None:
     torch.save = write_half
 
 
-def test_a_training_killed_while_it_writes_its_state_goes_on_from_the_last_whole_one(worked, tmp_path):
+def test_a_training_killed_while_it_writes_its_state_goes_on_from_the_last_whole_one(worked, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     args = ("train", worked.filtered, "--data", worked.training, "--epochs", 3, "--batch-size", 16, "--threads", 1)
     assert flora(*args, "-o", whole).code == 0
@@ -76,9 +77,14 @@ def test_a_training_killed_while_it_writes_its_state_goes_on_from_the_last_whole
     assert half.parent == work
     kept = torch.load(work / "state.pt", weights_only=True)
     assert (kept["step"], [line["epoch"] for line in kept["history"]]) == (3, [1])
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what is printed is printed as on a terminal, bars too
+    monkeypatch.setenv("TERM", "xterm")
     resumed = flora(*args, "-o", out)
     assert resumed.code == 0, resumed
     assert contents(out) == contents(whole)
+    assert re.findall(r"epoch \d of 3", resumed.err) == ["epoch 2 of 3", "epoch 3 of 3"]
+    shares = [int(share) for share in re.findall(r"(\d+)%", resumed.err)]
+    assert 100 / 3 < min(shares) <= max(shares) == 100, "the bar begins where the run does"
     assert leftovers(tmp_path) == []
     assert not work.exists()
 

@@ -160,9 +160,14 @@ def test_build_and_materialize_name_the_next_command(worked, tmp_path):
     assert leftovers(tmp_path) == []
 
 
-def test_the_command_that_build_names_next_runs(worked, tmp_path):
+def test_both_commands_that_build_names_next_run(worked, tmp_path):
+    """With the default space, whose blocks a filter can list."""
     built = flora("build", worked.dense, "--method", "svd", "-o", tmp_path / "supernet")
     assert flora(*_next(built.out)).code == 0
+    words = next(line for line in built.out.splitlines() if line.startswith("  or: flora ")).split()[2:]
+    assert words[0] == "filter"
+    selection = f"{worked.selection},limit=9"
+    assert flora(*(selection if word == "IMAGES" else word for word in words), "--threads", 1).code == 0
 
 
 def test_the_command_that_a_passed_export_names_next_passes(worked):

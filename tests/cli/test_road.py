@@ -93,12 +93,21 @@ def test_search_prints_what_can_be_reached_and_a_row_for_each_budget(worked):
     assert f"Wrote the search {found}" in out
 
 
-@pytest.mark.parametrize("name", ["filtered", "trained", "found"])
+@pytest.mark.parametrize("name", ["filtered", "found"])
 def test_progress_and_errors_are_not_mixed_with_the_result(worked, name):
     assert getattr(worked, name).is_dir()
-    outcome = worked.outcomes[{"filtered": "filter", "trained": "train", "found": "search"}[name]]
-    assert "Traceback" not in outcome.err
+    outcome = worked.outcomes[{"filtered": "filter", "found": "search"}[name]]
     assert outcome.err.strip() == ""
+
+
+def test_train_says_each_epoch_on_stderr(worked):
+    (record,) = load_supernet(worked.trained).config.training
+    lines = [line for line in worked.outcomes["train"].err.splitlines() if line.strip()]
+    for said, figures in zip(lines, record.history, strict=True):
+        told, _, seconds = said.rpartition(", ")
+        accuracies = [f"{name} {figures[name]:.2f} %" for name in ("top1_smallest", "top1_largest")]
+        assert told == ", ".join([f"epoch {figures['epoch']} of 2", f"loss {figures['loss']:.4f}", *accuracies])
+        assert float(seconds.removesuffix(" s")) > 0
 
 
 def test_each_step_names_the_next_one_and_it_runs(worked, tmp_path):
@@ -167,6 +176,18 @@ def test_search_says_what_it_found_as_json(worked, tmp_path):
         assert (out / entry["file"]).read_bytes() == (worked.found / entry["file"]).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "population"),
+    [("--population", 6, 6), ("--parents", 4, 50), ("--mutants", 40, 50), ("--crossovers", 0, 50)],
+)
+def test_one_size_of_a_search_is_enough_and_the_others_follow(worked, tmp_path, option, value, population):
+    few = ("--select-data", f"{worked.selection},limit=9", "--budget", "macs=70%", "--generations", 1, "--threads", 1)
+    outcome = flora("search", worked.trained, *few, option, value, "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome
+    generations = json.loads((tmp_path / "out" / "history.json").read_text())["generations"]
+    assert [generation["evaluated"] for generation in generations] == [population, 2 * population]
+
+
 # Refused at once
 
 
@@ -188,6 +209,12 @@ REFUSED = [
     (("search", "--budget", "macs=0%"), ("above 0 and at most at 100%",)),
     (("search", "--budget", "macs=60%", "--budget", "macs=60%"), ("A budget is given twice",)),
     (("search", "--budget", "macs=60%", "--population", "0"), ("population and parents are at least 1",)),
+    (("search", "--budget", "macs=60%", "--parents", "51"), ("parents (51)", "population (50)", "--population")),
+    (
+        ("search", "--budget", "macs=60%", "--population", "8", "--mutants", "5", "--crossovers", "4"),
+        ("mutants + crossovers (5 + 4)", "population (8); lower them or raise --population"),
+    ),
+    (("search", "--budget", "macs=60%", "--mutants", "51"), ("(51 + 0)", "population (50)")),
     (("search", "--budget", "macs=60%", "--window", "1"), ("window lies in [0, 1)",)),
     (("filter", "--share", "0"), ("above 0 and at most at 1, got 0",)),
     (("filter", "--share", "30"), ("above 0 and at most at 1, got 30",)),
@@ -197,6 +224,7 @@ REFUSED = [
     ),
     (("train", "--preset", "diet-s"), ("no preset 'diet-s'", "default, deit-s, deit-b, local", "Did you mean")),
     (("train", "--epochs", "0"), ("epochs",)),
+    (("train", "--preset", "deit-s", "--epochs", "3"), ("warm-up of 5 epochs", "run of 3", "add --warmup-epochs")),
     (("train", "--lr", "0"), ("learning_rate",)),
     (("train", "--batch-size", "16", "--optimizer", "adamm"), ("adamm",)),
     (("train", "--batch-size", "16", "--schedule", "cosin"), ("cosin",)),

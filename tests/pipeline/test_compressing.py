@@ -387,6 +387,10 @@ REFUSED = {
     "a teacher without weights": ({"teacher": "vit_tiny_patch16_224"}, "random weights"),
     "a checkpoint of the dense teacher": ({"teacher_checkpoint": Path("file")}, "--teacher NAME"),
     "a checkpoint of no teacher": ({"teacher": "none", "teacher_checkpoint": Path("file")}, "other teacher options"),
+    "a warm-up as long as the fine-tuning": (
+        {"settings": TrainingSettings(epochs=3, batch_size=24, warmup_epochs=1)},
+        "warm-up of 1 epochs does not fit into a run of 1",
+    ),
 }
 
 

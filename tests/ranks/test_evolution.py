@@ -350,6 +350,40 @@ def test_settings_that_cannot_be_are_refused_by_name(change: dict):
         SearchSettings(**change)
 
 
+SIZES = [
+    ((20, {}), (4, 10, 10)),
+    ((7, {}), (1, 3, 3)),
+    ((1, {}), (1, 0, 0)),
+    ((20, {"parents": 9}), (9, 10, 10)),
+    ((20, {"mutants": 4}), (4, 4, 10)),
+    ((20, {"mutants": 15}), (4, 15, 5)),
+    ((20, {"crossovers": 15}), (4, 5, 15)),
+    ((20, {"crossovers": 20}), (4, 0, 20)),
+    ((7, {"mutants": 4}), (1, 4, 3)),
+    ((20, {"mutants": 3, "crossovers": 2}), (4, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), SIZES)
+def test_of_size_keeps_the_papers_proportions_beside_what_is_given(given, expected):
+    population, sizes = given
+    settings = SearchSettings.of_size(population, 3, **sizes)
+    assert (settings.parents, settings.mutants, settings.crossovers) == expected
+    assert (settings.population, settings.generations) == (population, 3)
+
+
+def test_of_the_papers_size_are_the_papers_settings():
+    assert SearchSettings.of_size(50, 20) == SearchSettings()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"mutants": 21}, {"crossovers": 21}, {"parents": 21}, {"mutants": 11, "crossovers": 10}]
+)
+def test_sizes_that_do_not_fit_are_refused_with_all_numbers(sizes: dict):
+    with pytest.raises(InputError, match=rf"{next(iter(sizes.values()))}.* population \(20\); lower them or raise"):
+        SearchSettings.of_size(20, 3, **sizes)
+
+
 def test_the_defaults_are_the_papers():
     papers = {"population": 50, "parents": 10, "mutants": 25, "crossovers": 25, "mutation_probability": 0.2}
     assert papers.items() <= asdict(SearchSettings()).items()

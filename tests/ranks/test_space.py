@@ -7,7 +7,14 @@ from pydantic import ValidationError
 
 from flora.errors import InputError
 from flora.ranks.cost import ModelCost
-from flora.ranks.space import SearchSpace, blocks_of, space_from_multiples, space_from_ratios
+from flora.ranks.space import (
+    DEFAULT_SPACE,
+    SearchSpace,
+    blocks_of,
+    space_from_multiples,
+    space_from_ratios,
+    space_from_text,
+)
 from tests.samples import cost_of
 
 SPACE = SearchSpace(choices={"a": (2, 4, "dense"), "b": (3,), "c": (1, "dense")}, blocks=(("a", "b"), ("c",)))
@@ -79,6 +86,27 @@ def test_a_ratio_out_of_range_is_refused(vit_cost: ModelCost, ratio: float):
 def test_a_grid_that_is_not_positive_is_refused(vit_cost: ModelCost, multiple: int):
     with pytest.raises(InputError, match=str(multiple)):
         space_from_multiples(vit_cost, multiple)
+
+
+DEIT = [384, 768]
+
+
+def deit_block(width: int) -> ModelCost:
+    """One block of DeiT-S or DeiT-B: qkv, fc1 and fc2."""
+    return cost_of((width, 3 * width, 197), (width, 4 * width, 197), (4 * width, width, 197))
+
+
+@pytest.mark.parametrize("width", DEIT)
+def test_the_default_space_of_a_real_model_can_be_listed_and_so_filtered(width: int):
+    space = space_from_text(DEFAULT_SPACE, deit_block(width))
+    assert len(space.block_candidates(0)) == space.size == 6 * 7 * 7
+
+
+@pytest.mark.parametrize("width", DEIT)
+def test_a_block_of_too_many_candidates_is_refused_with_the_grids_to_build_again_with(width: int):
+    space = space_from_text("multiples=8", deit_block(width))
+    with pytest.raises(InputError, match=rf"{space.size:,} candidates.* build again .*--space: eighths, sixths"):
+        space.block_candidates(0)
 
 
 def test_blocks_of_a_vit():

@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from flora.errors import InputError
-from flora.training.augmentation import AUGMENTATIONS, AugmentedImages, augmentation_seed, seeded
+from flora.training.augmentation import AugmentedImages, augmentation_seed, seeded
 from flora.training.data import TimmImages
+from flora.training.settings import AUGMENTATIONS
 from tests.samples import GREY
 
 

@@ -5,11 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 from flora.artifact import sha256_of_file
 from flora.lowrank.checkpoint import (
@@ -24,7 +26,8 @@ from flora.lowrank.checkpoint import (
 from flora.lowrank.weights import read_weights
 from flora.pipeline.build import build
 from flora.resume import Job, WorkFolder
-from tests.flora_command import flora, leftovers, start_flora
+from flora.training.processes import accelerator, processes
+from tests.flora_command import PROCESSES, flora, leftovers, start_flora
 from tests.samples import GREY, tiny_args, tiny_model
 from tests.worked_example import FASHION, MODEL
 
@@ -62,21 +65,21 @@ def set_environment(values: dict[str, str]) -> None:
     os.environ.update(values)
 
 
-def in_two(folder: Path, *args: object) -> list[Ended]:
-    """`flora ARGS` in two processes with what torchrun tells them, and nothing that ends one when the other fails."""
+def places() -> list[dict[str, str]]:
+    """What torchrun tells each of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared = places | {"OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def in_two(folder: Path, *args: object) -> list[Ended]:
+    """`flora ARGS` in two processes with what torchrun tells them, and nothing that ends one when the other fails."""
     logs = [folder / f"log-{rank}" for rank in range(2)]
     started = [
-        start_flora(
-            *args,
-            log=log,
-            before=functools.partial(set_environment, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
-        )
-        for rank, log in enumerate(logs)
+        start_flora(*args, log=log, before=functools.partial(set_environment, place))
+        for log, place in zip(logs, places(), strict=True)
     ]
     for process in started:
         process.join(PATIENCE_S)
@@ -105,6 +108,33 @@ def filtered(supernet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("distributed") / "filtered"
     assert flora("filter", supernet, "--select-data", SELECTION, "-o", out, "--threads", 1).code == 0
     return out
+
+
+def write_patience(place: dict[str, str], begin: Callable[[], object], file: Path) -> None:
+    """In a process of the two: how long the group that `begin` has made lets one wait for the others."""
+    set_environment(place)
+    begin()
+    backend = distributed.group.WORLD._get_backend(torch.device("cpu"))
+    file.write_text(f"{distributed.get_backend()} {backend.options._timeout.total_seconds()}")
+
+
+@pytest.mark.parametrize(
+    "begin", [processes, functools.partial(accelerator, torch.device("cpu"), "no")], ids=["processes", "accelerator"]
+)
+def test_processes_wait_for_days_while_one_of_them_works(begin, tmp_path):
+    files = [tmp_path / name for name in "ab"]
+    started = [
+        PROCESSES.Process(target=write_patience, args=(place, begin, file))
+        for place, file in zip(places(), files, strict=True)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(PATIENCE_S)
+    for file in files:
+        backend, seconds = file.read_text().split()
+        assert backend == "gloo"
+        assert float(seconds) == pytest.approx(7 * 24 * 3600)
 
 
 def test_filter_gives_the_files_of_one_process_for_blocks_that_do_not_divide(supernet, filtered, tmp_path):
@@ -140,6 +170,7 @@ def test_train_gives_nearly_the_weights_of_one_process(filtered, tmp_path):
     two = torchrun(*args, tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("Wrote the model") == 1, "one process prints"
+    assert [two.stderr.count(f"epoch {epoch} of 2, loss ") for epoch in (1, 2)] == [1, 1], two.stderr
     start, alone, together = (
         read_weights(f / SUPERNET_WEIGHTS) for f in (filtered, tmp_path / "one", tmp_path / "two")
     )

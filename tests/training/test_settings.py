@@ -4,8 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from flora.errors import InputError
-from flora.training.augmentation import AUGMENTATIONS
-from flora.training.settings import PRESETS, TrainingSettings, training_settings
+from flora.training.settings import AUGMENTATIONS, PRESETS, TrainingSettings, training_settings
 
 # Rates are those of the batch of 1024: twice the ones that the configurations give for 512.
 PAPER = {
@@ -82,9 +81,15 @@ def test_a_paper_preset_learns_from_the_teachers_probabilities_alone(preset: str
 
 def test_the_local_preset_trains_one_block_as_the_papers_filter_does():
     settings = training_settings("local")
-    assert (settings.epochs, settings.warmup_epochs, settings.learning_rate) == (20, 3, 1.5e-4)
-    assert (settings.min_learning_rate, settings.warmup_learning_rate, settings.weight_decay) == (1e-6, 1e-6, 0.01)
+    assert (settings.epochs, settings.warmup_epochs, settings.weight_decay) == (20, 3, 0.01)
     assert (settings.sampling, settings.clip_grad) == ("uniform", 5.0)
+
+
+def test_the_rates_of_the_local_preset_are_the_papers_for_its_batch():
+    """The released code scales all three rates with the batch; its rates for DeiT-S are those of 1024 images."""
+    settings = training_settings("local")
+    rates = (settings.learning_rate, settings.min_learning_rate, settings.warmup_learning_rate)
+    assert [rate / settings.batch_size * 1024 for rate in rates] == pytest.approx([1.5e-4, 1e-6, 1e-6])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -95,14 +100,35 @@ def test_every_preset_lies_in_range_and_survives_json(preset: str):
 
 
 def test_a_change_is_made_and_none_leaves_the_preset_as_it_is():
-    changed = training_settings("deit-b", epochs=3, learning_rate=None, augmentation="light")
-    assert changed == PRESETS["deit-b"].model_copy(update={"epochs": 3, "augmentation": AUGMENTATIONS["light"]})
+    changed = training_settings("deit-b", epochs=6, learning_rate=None, augmentation="light")
+    assert changed == PRESETS["deit-b"].model_copy(update={"epochs": 6, "augmentation": AUGMENTATIONS["light"]})
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_by_name(name: str, value):
     with pytest.raises(InputError, match=rf"^{name}: .*got {value}\.$"):
         training_settings(**{name: value})
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(3, 5), (5, 5), (1, 1), (2, 2.5)])
+def test_a_warm_up_that_leaves_no_epoch_is_refused_with_both_numbers_and_what_to_add(epochs: int, warmup: float):
+    said = rf"warm-up of {warmup} epochs .* run of {epochs}; add --warmup-epochs N with N below {epochs}"
+    with pytest.raises(InputError, match=said):
+        training_settings(epochs=epochs, warmup_epochs=warmup)
+    with pytest.raises(InputError, match=said):
+        training_settings(epochs=9, warmup_epochs=warmup).with_epochs(epochs)
+
+
+@pytest.mark.parametrize("preset", ["deit-s", "deit-b"])
+def test_a_paper_preset_for_few_epochs_needs_a_shorter_warm_up(preset: str):
+    with pytest.raises(InputError, match=r"warm-up of 5 epochs .* run of 2; add --warmup-epochs"):
+        training_settings(preset, epochs=2)
+    assert training_settings(preset, epochs=2, warmup_epochs=0.5).warmup_epochs == 0.5
+
+
+def test_other_epochs_leave_all_else_as_it_is():
+    settings = training_settings("deit-s", seed=3)
+    assert settings.with_epochs(7) == training_settings("deit-s", seed=3, epochs=7)
 
 
 def test_a_setting_that_there_is_not_is_refused_by_name():
