@@ -1,6 +1,7 @@
 """The arms of the benchmark `paper_road`: each trains or evaluates one thing and returns what is to be kept of it.
 
-What an arm makes on the way (supernets, teacher's answers) lies under `runs/road` and is made again where it is gone.
+What an arm makes on the way (supernets, teacher's answers) lies under `runs/road`. Each step does nothing where it is
+finished and its settings are the same, so arms share what they have in common and a stopped one goes on.
 A result holds one bit for each test image, right or wrong, so that any two arms can be compared image by image.
 """
 
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from flora.lowrank.checkpoint import (
     LoadedModel,
     LoadedSupernet,
-    is_supernet_folder,
     load_model_folder,
     load_supernet,
     save_model,
@@ -36,13 +36,16 @@ CALIBRATION_IMAGES = 512
 FILTER_IMAGES = 256
 SEARCH_IMAGES = 2000
 SEARCH = SearchSettings.of_size(24, 6)
+# Chosen on the images for rescoring: at the fine-tuning's rate, an epoch of the supernet does more harm than good.
+SUPERNET_RATE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """What an arm of the road does: the road itself, or without one of its parts.
 
-    The supernet trains for the share `supernet` of the epochs, what the search finds in it for the others.
+    The supernet trains for the share `supernet` of the epochs (one at least, unless it is none), what the search finds
+    in it for the others.
     """
 
     method: str = "activation"
@@ -50,6 +53,11 @@ class Variant:
     sampling: str = "low-rank-aware"
     teacher: str = "dense"
     supernet: float = 0.25
+
+    def epochs(self, epochs: int) -> tuple[int, int]:
+        """Of so many epochs those of the supernet and those of fine-tuning."""
+        first = max(1, round(self.supernet * epochs)) if self.supernet else 0
+        return first, epochs - first
 
 
 ROAD = Variant()
@@ -82,34 +90,31 @@ class Workshop:
     def supernet(self, method: str) -> Path:
         """The untrained supernet; both seeds and arms share it."""
         folder = self.runs / f"{self.model.name}-{method}"
-        if not is_supernet_folder(folder):
-            calibration = f"{self.model.train},limit={CALIBRATION_IMAGES}" if method == "activation" else None
-            build(
-                load_model_folder(self.dense),
-                folder,
-                data=calibration,
-                layers=LAYERS,
-                method=method,
-                space=self.model.space,
-            )
+        calibration = f"{self.model.train},limit={CALIBRATION_IMAGES}" if method == "activation" else None
+        build(
+            load_model_folder(self.dense),
+            folder,
+            data=calibration,
+            layers=LAYERS,
+            method=method,
+            space=self.model.space,
+        )
         return folder
 
     def filtered(self, method: str) -> Path:
         folder = self.runs / f"{self.model.name}-{method}-filtered"
-        if not is_supernet_folder(folder):
-            request = FilterRequest(select_data=f"{self.model.select},limit={FILTER_IMAGES}")
-            filter_space(self.supernet(method), folder, request)
+        request = FilterRequest(select_data=f"{self.model.select},limit={FILTER_IMAGES}")
+        filter_space(self.supernet(method), folder, request)
         return folder
 
     def trained(self, variant: Variant) -> Path:
         source = self.filtered(variant.method) if variant.filtered else self.supernet(variant.method)
-        epochs = round(variant.supernet * self.model.training.epochs)
+        epochs, _ = variant.epochs(self.model.training.epochs)
         if not epochs:
             return source
-        name = "-".join([source.name, variant.sampling, variant.teacher, str(epochs)])
-        folder = self.folder / name
-        if not is_supernet_folder(folder):
-            train(source, folder, self.request(variant.teacher, epochs=epochs, sampling=variant.sampling))
+        folder = self.folder / "-".join([source.name, variant.sampling, variant.teacher, str(epochs)])
+        changes = {"epochs": epochs, "sampling": variant.sampling, "learning_rate": SUPERNET_RATE}
+        train(source, folder, self.request(variant.teacher, **changes))
         return folder
 
     def finetuned(self, compact: LoadedModel, folder: Path, *, epochs: int, teacher: str = "dense") -> LoadedModel:
@@ -145,7 +150,7 @@ def road_arm(shop: Workshop, variant: Variant, budgets: tuple[int, ...], keep: P
     """Filter, train, search, fine-tune; each budget's model on the test images, and under `keep` in half precision."""
     trained = shop.trained(variant)
     found = shop.folder / f"{trained.name}-search"
-    epochs = shop.model.training.epochs - round(variant.supernet * shop.model.training.epochs)
+    _, epochs = variant.epochs(shop.model.training.epochs)
     outcome = search(
         trained,
         found,
