@@ -74,12 +74,19 @@ def arms(models: dict[str, RoadModel], runs: Path) -> Iterator[tuple[str, Callab
 def check(models: dict[str, RoadModel]) -> int:
     """Print top-1 of each kept compact model beside that of its arm; how many differ by over `KEPT_POINTS`."""
     differing = 0
-    for folder in sorted(COMPACT.iterdir()):
+    folders = sorted(COMPACT.iterdir()) if COMPACT.is_dir() else []
+    if not folders:
+        print(f"There are no models in {COMPACT}; the arms of the road keep theirs there.")
+    for folder in folders:
         name, _, budget = folder.name.rpartition("-")
         if not models[name].has_images:
             print(f"{folder.name}: its images are not here")
             continue
-        noted = read_arm(NAME, f"{name}-0-road")["budgets"][budget]["top1"]
+        road = read_arm(NAME, f"{name}-0-road")
+        if road is None:
+            print(f"{folder.name}: the arm {name}-0-road has no result")
+            continue
+        noted = road["budgets"][budget]["top1"]
         loaded = load_model_folder(folder)
         top1 = evaluated(loaded.module, loaded, models[name])["top1"]
         differing += abs(top1 - noted) > KEPT_POINTS

@@ -93,18 +93,19 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 
 def arm(benchmark: str, name: str, measure: Callable[[], Any], *, fresh: bool) -> Any:
     """The result of one part of a long benchmark: measured once, kept on disk, and read when the script resumes."""
-    path = _arm_file(benchmark, name)
-    if path.is_file() and not fresh:
-        return read_arm(benchmark, name)
+    known = None if fresh else read_arm(benchmark, name)
+    if known is not None:
+        return known
     result = measure()
-    with new_file(path) as partial:
+    with new_file(_arm_file(benchmark, name)) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
 def read_arm(benchmark: str, name: str) -> Any:
-    """The result of an arm that was measured."""
-    return json.loads(_arm_file(benchmark, name).read_text())
+    """The result of an arm, None before it was measured."""
+    file = _arm_file(benchmark, name)
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _arm_file(benchmark: str, name: str) -> Path:

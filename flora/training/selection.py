@@ -23,13 +23,13 @@ FITNESSES: dict[Fitness, str] = {
     "distance": "mean negative Kullback-Leibler divergence from the dense model's probabilities",
 }
 NEEDS_LABELS = ("top1", "loss")
-MEMORY_BYTES = 2 * 2**30
+MEMORY_BYTES = 4 * 2**30
 
 
 class SelectionImages:
     """Preprocessed images in one fixed random order, so that any first part is a fair sample of the whole.
 
-    They stay in memory where they fit into two GiB, and are read again for each pass otherwise.
+    They stay in memory where they fit into four GiB, and are read again for each pass otherwise.
     """
 
     def __init__(self, images: TimmImages, *, batch_size: int = 250, seed: int = 0) -> None:
