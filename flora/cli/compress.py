@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import click
+from click.core import ParameterSource
 
 from flora.cli.options import (
     IMAGES_HELP,
@@ -31,18 +33,24 @@ from flora.cli.options import (
 @model_options
 @click.option(
     "--method",
-    type=click.Choice(["supernet"]),
-    required=True,
-    help="supernet: filter, train and search a supernet, as the paper does.",
+    type=click.Choice(["training-free", "supernet"]),
+    default="training-free",
+    show_default=True,
+    help="training-free: probe every layer and allocate ranks. supernet: filter, train and search, as the paper does.",
 )
 @click.option("--budget", required=True, metavar="BUDGET", help="macs=45% of the dense model, macs=2.7G or params=12M.")
-@click.option("--data", metavar="IMAGES", required=True, help=f"Training images: {IMAGES_HELP}.")
+@click.option(
+    "--calib-data",
+    metavar="IMAGES",
+    help=f"Calibration images, labels not needed (supernet: by default 512 of the training images): {IMAGES_HELP}.",
+)
 @click.option(
     "--select-data",
     metavar="IMAGES",
-    help="Images to choose by (default: every tenth training image); filter takes 2000, search 5000.",
+    help="Images to choose by. training-free: labels not needed, by default every fourth calibration image. supernet: "
+    "by default every tenth training image; filter takes 2000, search 5000.",
 )
-@click.option("--calib-data", metavar="IMAGES", help="Calibration images (default: 512 of the training images).")
+@click.option("--data", metavar="IMAGES", help="Training images, for --method supernet.")
 @click.option(
     "--eval-data", metavar="IMAGES", required=True, help="Images that nothing else has seen, read once at the end."
 )
@@ -51,7 +59,11 @@ from flora.cli.options import (
 @click.option(
     "--layers", callback=split_names, default="qkv,proj,fc1,fc2", show_default=True, help="Linear layers to factorize."
 )
-@click.option("--space", default="eighths", show_default=True, metavar="SPACE", help="As in flora build.")
+@click.option(
+    "--space",
+    metavar="SPACE",
+    help="As in flora build (default: multiples=8; for a supernet, eighths).",
+)
 @click.option("--share", type=float, default=0.3, show_default=True, help="Part of each cost bin that filtering keeps.")
 @fitness_option
 @population_option
@@ -74,21 +86,24 @@ from flora.cli.options import (
     "OUT.work).",
 )
 @json_option
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     model: str,
     checkpoint: Path | None,
     pretrained: bool,
     model_kwargs: tuple[str, ...],
     method: str,
     budget: str,
-    data: str,
-    select_data: str | None,
     calib_data: str | None,
+    select_data: str | None,
+    data: str | None,
     eval_data: str,
     out: Path,
     targets: tuple[str, ...],
     layers: tuple[str, ...],
-    space: str,
+    space: str | None,
     share: float,
     fitness: str,
     population: int,
@@ -106,47 +121,73 @@ def command(
 ) -> None:
     """Compress a trained MODEL to a budget, and ship it with proof.
 
-    Builds a supernet, filters its candidates, trains it, searches it, materializes and fine-tunes what was found,
-    exports and verifies. What the steps make stays in OUT.work. Stopped, the same command goes on; with other
-    options or other images, the steps that depend on them are done again. Exit code 3 when a gate fails.
+    By default without training, in minutes: factorizes the model, probes what each layer's rank costs, allocates ranks
+    within the budget, exports and verifies. With --method supernet it filters the candidates of a supernet, trains
+    it, searches it, and fine-tunes what was found. What the steps make stays in OUT.work. Stopped, the same command
+    goes on; with other options or other images, the steps that depend on them are done again. Exit code 3 when a gate
+    fails.
     """
     set_threads(threads)
+    is_supernet = method == "supernet"
+    _reject_options(context, is_supernet)
     from flora.cli.output import status
-    from flora.cli.training import settings_from_options
     from flora.cli.verification import print_bundle
     from flora.lowrank.checkpoint import load_model
-    from flora.pipeline.compress import CompressRequest, compress
     from flora.pipeline.export import ExportRequest
-    from flora.ranks.evolution import SearchSettings
     from flora.training.processes import is_main, processes
 
     where = torch_device(device)
     processes(where)
-    settings = settings_from_options(training)
-    request = CompressRequest(
-        data=data,
-        budget=budget,
-        export=ExportRequest(
-            eval_data=eval_data, targets=targets, max_drop=max_drop, threads=threads, command=("flora", *sys.argv[1:])
-        ),
-        settings=settings,
-        finetune_epochs=settings.epochs if finetune_epochs is None else finetune_epochs,
-        calib_data=calib_data,
-        select_data=select_data,
-        layers=layers,
-        space=space,
-        share=share,
-        fitness=fitness,  # type: ignore[arg-type]
-        search=SearchSettings.of_size(population, generations, seed=training["seed"] or 0),
-        teacher=teacher,
-        teacher_checkpoint=teacher_checkpoint,
-        device=where,
-        workers=workers,
-        restart=restart,
+    export = ExportRequest(
+        eval_data=eval_data, targets=targets, max_drop=max_drop, threads=threads, command=("flora", *sys.argv[1:])
     )
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
     with status(hidden=as_json or not is_main()) as say:
-        bundle = compress(loaded, out, request, on_step=say)
+        if is_supernet:
+            from flora.cli.training import settings_from_options
+            from flora.pipeline.compress import CompressRequest, compress
+            from flora.ranks.evolution import SearchSettings
+
+            settings = settings_from_options(training)
+            request = CompressRequest(
+                data=cast(str, data),
+                budget=budget,
+                export=export,
+                settings=settings,
+                finetune_epochs=settings.epochs if finetune_epochs is None else finetune_epochs,
+                calib_data=calib_data,
+                select_data=select_data,
+                layers=layers,
+                space=space or "eighths",
+                share=share,
+                fitness=fitness,  # type: ignore[arg-type]
+                search=SearchSettings.of_size(population, generations, seed=training["seed"] or 0),
+                teacher=teacher,
+                teacher_checkpoint=teacher_checkpoint,
+                device=where,
+                workers=workers,
+                restart=restart,
+            )
+            bundle = compress(loaded, out, request, on_step=say)
+        else:
+            from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
+
+            bundle = compress_training_free(
+                loaded,
+                out,
+                TrainingFreeRequest(
+                    calib_data=cast(str, calib_data),
+                    budget=budget,
+                    export=export,
+                    select_data=select_data,
+                    layers=layers,
+                    space=space or "multiples=8",
+                    device=where,
+                    workers=workers,
+                    restart=restart,
+                ),
+                on_step=say,
+            )
     if not is_main():
         return
     print_bundle(
@@ -155,3 +196,25 @@ def command(
         f"flora verify {out} --data {eval_data}",
         as_json=as_json,
     )
+
+
+def _reject_options(context: click.Context, is_supernet: bool) -> None:
+    """Usage errors for images that are missing, and for options of the other method."""
+    if is_supernet and context.params["data"] is None:
+        raise click.UsageError("--method supernet trains, so it needs --data IMAGES.")
+    if not is_supernet and context.params["calib_data"] is None:
+        raise click.UsageError(
+            "Without training, --calib-data IMAGES is needed; to train, give --method supernet --data IMAGES."
+        )
+    for option in () if is_supernet else context.command.params:
+        given = context.get_parameter_source(option.name or "") is not ParameterSource.DEFAULT
+        if given and option.name not in _BOTH:
+            raise click.UsageError(f"{option.opts[0]} belongs to --method supernet.")
+
+
+# Options of either method.
+_BOTH = {
+    *("model", "checkpoint", "pretrained", "model_kwargs", "method", "budget", "calib_data", "select_data"),
+    *("eval_data", "out", "targets", "layers", "space", "max_drop", "workers", "device", "threads", "restart"),
+    "as_json",
+}

@@ -1,14 +1,25 @@
 """From a supernet and a choice of ranks to a compact model."""
 
+import hashlib
 from pathlib import Path
 
 from flora.errors import InputError
-from flora.lowrank.checkpoint import LoadedModel, LoadedSupernet, ModelConfig
+from flora.lowrank.checkpoint import (
+    LoadedModel,
+    LoadedSupernet,
+    ModelConfig,
+    content_digest,
+    load_supernet,
+    save_model,
+)
 from flora.lowrank.materialize import materialize
+from flora.pipeline.job import OnStart
 from flora.ranks.budget import macs_budget
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import Rank
 from flora.ranks.uniform import uniform_ranks, uniform_ranks_for_macs
+from flora.resume import SETTINGS, Job
+from flora.training.processes import is_main, wait
 
 
 def chosen_ranks(
@@ -60,3 +71,16 @@ def compact_from_supernet(supernet: LoadedSupernet, ranks: RankConfig) -> Loaded
         training=supernet.config.training,
     )
     return LoadedModel(module=materialize(supernet.module, ranks.ranks), config=config)
+
+
+def materialize_job(source: Path, ranks: RankConfig, out: Path, *, on_start: OnStart) -> None:
+    """Write the model folder `out`: the supernet in folder `source` at `ranks`. Where it is there, nothing is done."""
+    # The folder is where the compact model remembers its dense one to lie.
+    chosen = hashlib.sha256(ranks.model_dump_json().encode()).hexdigest()
+    job = Job(settings={"source": content_digest(source), "folder": str(source), "ranks": chosen})
+    done = job.is_in(out)
+    on_start(done)
+    if is_main() and not done:
+        cut = compact_from_supernet(load_supernet(source), ranks)
+        save_model(out, cut.module, cut.config, ranks=ranks, extra={SETTINGS: job})
+    wait()

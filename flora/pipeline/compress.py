@@ -12,31 +12,25 @@ from typing import cast
 import torch
 
 from export.bundle import MANIFEST, Bundle, load_bundle
-from flora.artifact import check_replaceable, sha256_of_file
+from flora.artifact import check_replaceable
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec, at_most
-from flora.lowrank.checkpoint import (
-    RANK_CONFIG,
-    LoadedModel,
-    content_digest,
-    load_model_folder,
-    load_supernet,
-    save_model,
-)
+from flora.lowrank.checkpoint import RANK_CONFIG, LoadedModel, load_model_folder
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
-from flora.pipeline.compact import chosen_ranks, compact_from_supernet
+from flora.pipeline.compact import materialize_job
 from flora.pipeline.export import ExportRequest, export_bundle
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.images import check_classes, open_images, training_record
-from flora.pipeline.job import OnStart
+from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.search import SearchRequest, budget_slug, search
 from flora.pipeline.train import TrainRequest, check_training, train
 from flora.ranks.budget import Budget, check_reachable
+from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings
 from flora.ranks.filtering import kept_count
 from flora.ranks.space import space_from_text
-from flora.resume import SETTINGS, Job, WorkFolder
+from flora.resume import WorkFolder
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
 from flora.training.selection import Fitness, check_fitness
@@ -110,19 +104,14 @@ def compress(
     check_replaceable(out, marker=MANIFEST)
     calibration, selection, _ = request.image_sets
     processes(request.device)
-    steps = WorkFolder.of(out).path
-    if steps.exists() and (not steps.is_dir() or (steps / SETTINGS).exists()):
-        raise InputError(f"{steps} is in the way: the steps to {out} are kept there. Move or remove it.")
+    steps = folder_of_steps(out)
     _refuse_early(model, request)
     supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
         steps / f"{name}-{budget_slug(request.budget)}" for name in ("search", "compact", "finetuned")
     )
-    jobs = (filtered, trained, found, tuned)
-    if request.restart and is_main():
-        for job in jobs:
-            WorkFolder.of(job).remove()
-    wait()
+    if request.restart:
+        forget_unfinished(filtered, trained, found, tuned)
 
     def begins(what: str, *later: Path) -> OnStart:
         """What the step that begins says, unless it would make void what `later` ones have left unfinished."""
@@ -188,7 +177,8 @@ def compress(
         on_start=begins("searching", tuned),
         on_generation=lambda state: on_step(f"searching: generation {state.generation}"),
     )
-    _materialize(trained, found / RANK_CONFIG, compact, on_start=begins("materializing", tuned))
+    ranks = RankConfig.load(found / RANK_CONFIG)
+    materialize_job(trained, ranks, compact, on_start=begins("materializing", tuned))
     if request.finetune_epochs:
         train_step(compact, tuned, request.finetune_epochs, "fine-tuning")
         compact = tuned
@@ -196,20 +186,6 @@ def compress(
         export_bundle(load_model_folder(compact), request.export, out, on_step=on_step)
     wait()
     return load_bundle(out)
-
-
-def _materialize(trained: Path, file: Path, out: Path, *, on_start: OnStart) -> None:
-    """Write the model folder `out` of the supernet `trained` at the ranks in `file`, as a job like the other steps."""
-    # The folder is where the compact model remembers its dense one to lie.
-    job = Job(settings={"source": content_digest(trained), "folder": str(trained), "ranks": sha256_of_file(file)})
-    done = job.is_in(out)
-    on_start(done)
-    if is_main() and not done:
-        source = load_supernet(trained)
-        ranks = chosen_ranks(source, file=file)
-        cut = compact_from_supernet(source, ranks)
-        save_model(out, cut.module, cut.config, ranks=ranks, extra={SETTINGS: job})
-    wait()
 
 
 def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:

@@ -1,9 +1,10 @@
-"""How filter, train and search begin, on one process or many: anew, where they were stopped, or not at all."""
+"""How jobs begin, on one process or many: anew, where they were stopped, or not at all; and where a chain lies."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from flora.resume import Job, WorkFolder
+from flora.errors import InputError
+from flora.resume import SETTINGS, Job, WorkFolder
 from flora.training.processes import is_main, wait
 
 # Called when a job begins, and told whether its output is there already.
@@ -26,3 +27,19 @@ def begin(job: Job, out: Path, *, restart: bool, on_start: OnStart) -> WorkFolde
         work.open(job, restart=restart)
     wait()
     return None if done else work
+
+
+def folder_of_steps(out: Path) -> Path:
+    """`OUT.work`, in which the steps to `out` lie; `InputError` where something else is there."""
+    steps = WorkFolder.of(out).path
+    if steps.exists() and (not steps.is_dir() or (steps / SETTINGS).exists()):
+        raise InputError(f"{steps} is in the way: the steps to {out} are kept there. Move or remove it.")
+    return steps
+
+
+def forget_unfinished(*outs: Path) -> None:
+    """Throw away what the unfinished jobs that write `outs` have left."""
+    if is_main():
+        for out in outs:
+            WorkFolder.of(out).remove()
+    wait()

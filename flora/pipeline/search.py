@@ -258,8 +258,7 @@ def starting_configs(source: Path, space: SearchSpace, cost: ModelCost, budget: 
                 if candidate in kept
             ]
         )
-    fixed = budget.cost_of(cost, space.smallest()) - sum(min(choice.cost for choice in block) for block in blocks)
-    limits = [budget.limit - fixed - (budget.limit // 200) * i for i in range(STARTS)]
+    limits = [budget.left_for_layers(cost) - (budget.limit // 200) * i for i in range(STARTS)]
     found = [ranks for limit in limits if (ranks := allocate(blocks, limit)) is not None]
     return [ranks for i, ranks in enumerate(found) if ranks not in found[:i]]
 

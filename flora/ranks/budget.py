@@ -42,6 +42,11 @@ class Budget:
         """What counts against the limit for the model materialized at `ranks`."""
         return cost.macs(ranks) if self.kind == "macs" else cost.params(ranks)
 
+    def left_for_layers(self, cost: ModelCost) -> int:
+        """The limit less what no rank changes: what `layer_cost` of all layers may add up to."""
+        dense = sum(self.layer_cost(layer, "dense") for layer in cost.layers)
+        return self.limit - (self.cost_of(cost, cost.dense_ranks) - dense)
+
     def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
         """The part of `cost_of` that one layer's rank decides."""
         return layer.macs(rank) if self.kind == "macs" else layer.weights(rank)

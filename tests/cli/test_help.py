@@ -119,6 +119,7 @@ def test_a_misspelt_option_suggests_the_right_one():
     assert "--eval-data" in outcome.message
 
 
+TRAINING_FREE = ("compress", "m", "--budget", "macs=50%", "--calib-data", "x", "--eval-data", "y", "-o", "out")
 USAGE = {
     "no output": (["build", "model", "--method", "svd"], "--out"),
     "svd looks at no images": (["build", "model", "--method", "svd", "--data", "x", "-o", "out"], "leave --data out"),
@@ -151,9 +152,51 @@ USAGE = {
     "unknown sampling": (["train", "n", "--data", "x", "--sampling", "unifrom", "-o", "out"], "'uniform'"),
     "unknown augmentation": (["train", "n", "--data", "x", "--augmentation", "heavy", "-o", "out"], "'imagenet'"),
     "no classes kept": (["train", "n", "--data", "x", "--top-k", "0", "-o", "out"], "--top-k"),
-    "no method": (
-        ["compress", "m", "--budget", "macs=50%", "--data", "x", "--eval-data", "y", "-o", "out"],
-        "--method",
+    "nothing to calibrate on": (
+        ["compress", "m", "--budget", "macs=50%", "--eval-data", "y", "-o", "out"],
+        "--calib-data",
+    ),
+    "training images that nothing trains on": (
+        *[
+            [
+                "compress",
+                "m",
+                "--budget",
+                "macs=50%",
+                "--calib-data",
+                "x",
+                "--data",
+                "x",
+                "--eval-data",
+                "y",
+                "-o",
+                "out",
+            ]
+        ],
+        "--data belongs to --method supernet",
+    ),
+    "epochs without training": (
+        *[
+            [
+                "compress",
+                "m",
+                "--budget",
+                "macs=50%",
+                "--calib-data",
+                "x",
+                "--eval-data",
+                "y",
+                "--epochs",
+                "3",
+                "-o",
+                "o",
+            ]
+        ],
+        "--epochs belongs to --method supernet",
+    ),
+    "nothing to train on": (
+        ["compress", "m", "--method", "supernet", "--budget", "macs=50%", "--eval-data", "y", "-o", "out"],
+        "--data",
     ),
     "unknown method of compressing": (["compress", "m", "--method", "svd", "-o", "out"], "'supernet'"),
     "nothing to prove it on": (

@@ -1,0 +1,56 @@
+"""Probing a supernet: each layer is cut alone, and the model's divergence from the dense one is measured."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from flora.lowrank.supernet import active_ranks
+from flora.ranks.cost import ModelCost
+from flora.ranks.sensitivity import LayerSensitivity, probe_rank
+from flora.training.processes import processes, spread
+from flora.training.selection import SelectionImages, log_probabilities
+
+# Passes over the selection images that all probes together may take, the dense model's own among them.
+MOST_PASSES = 60
+
+
+def probe_layers(
+    supernet: nn.Module,
+    dense: nn.Module,
+    cost: ModelCost,
+    images: SelectionImages,
+    *,
+    known: Mapping[str, LayerSensitivity],
+    on_layers: Callable[[dict[str, LayerSensitivity]], None] = lambda probes: None,
+) -> dict[str, LayerSensitivity]:
+    """The probe of every layer, those in `known` as they are; `on_layers` gets all after each layer or round of them.
+
+    Layers are spread over the processes. In a model of so many layers that the passes do not suffice, each probe sees
+    the first part of the images.
+    """
+    count = min(len(images), max(1, len(images) * (MOST_PASSES - 1) // len(cost.layers)))
+    wanted = log_probabilities(dense, images, 0, count)
+    full = {layer.name: layer.full_rank for layer in cost.layers}
+    shapes = cost.shapes
+
+    def probe(name: str) -> LayerSensitivity:
+        rank = probe_rank(shapes[name])
+        with active_ranks(supernet, full | {name: rank}):
+            found = log_probabilities(supernet, images, 0, count)
+        return LayerSensitivity(rank=rank, divergence=_divergence(wanted, found))
+
+    probes = dict(known)
+    waiting = [name for name in shapes if name not in probes]
+    together = processes().num_processes
+    for start in range(0, len(waiting), together):
+        group = waiting[start : start + together]
+        probes.update(zip(group, spread(group, probe), strict=True))
+        on_layers(probes)
+    return {name: probes[name] for name in shapes}
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> float:
+    """Mean Kullback-Leibler divergence in nats of log-probabilities [N, classes]."""
+    with torch.inference_mode():
+        return max(0.0, (wanted.exp() * (wanted - found)).sum(1).mean().item())

@@ -1,0 +1,206 @@
+"""Compressing without training: within the budget, better than uniform ranks, resumable, its steps kept."""
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from flora.artifact import sha256_of_file
+from flora.errors import InputError
+from flora.imagesets import ImageSetSpec
+from flora.lowrank.checkpoint import MODEL_WEIGHTS, load_model, load_model_folder, load_supernet
+from flora.lowrank.supernet import active_ranks
+from flora.pipeline.build import build
+from flora.pipeline.compact import chosen_ranks
+from flora.pipeline.export import ExportRequest
+from flora.pipeline.sensitivity import (
+    SENSITIVITY,
+    SensitivityReport,
+    SensitivityRequest,
+    allocated_ranks,
+    measure_sensitivity,
+)
+from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
+from flora.ranks.config import RankConfig
+from flora.training.data import TimmImages
+from flora.training.selection import SelectionImages, log_probabilities
+from tests.flora_command import leftovers
+from tests.samples import GREY
+from tests.worked_example import FASHION, WorkedExample
+
+BUDGET, OTHER_BUDGET = "macs=60%", "params=55%"
+STEPS = ("factorizing", "probing layers", "materializing")
+EXPORT = "writing the compact model"
+
+
+def request(worked: WorkedExample, **changes) -> TrainingFreeRequest:
+    defaults = {
+        "calib_data": worked.calibration,
+        "select_data": f"{worked.selection},limit=40",
+        "budget": BUDGET,
+        "export": ExportRequest(eval_data=f"{worked.images},limit=20", repeats=1, threads=1, max_drop=100),
+        "layers": ("qkv", "proj", "fc1", "fc2"),
+        "space": "multiples=2",
+    }
+    return TrainingFreeRequest(**defaults | changes)
+
+
+def run(worked: WorkedExample, out: Path, asked: TrainingFreeRequest, *, stop_at: str | None = None) -> list[str]:
+    """Compress, and return the steps that were taken; with `stop_at`, interrupted where that one begins."""
+    taken: list[str] = []
+
+    def note(step: str) -> None:
+        name = step.partition(":")[0]
+        if name not in taken:
+            taken.append(name)
+        if stop_at and step.startswith(stop_at):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
+        compress_training_free(load_model(str(worked.dense)), out, asked, on_step=note)
+    return taken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+    out: Path
+    steps: list[str]
+
+    @property
+    def work(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.work")
+
+    @property
+    def report(self) -> SensitivityReport:
+        return SensitivityReport.load(self.work / "sensitivity" / SENSITIVITY)
+
+
+@pytest.fixture(scope="module")
+def whole(worked: WorkedExample, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A compression without interruption."""
+    out = tmp_path_factory.mktemp("training-free") / "bundle"
+    return Whole(out=out, steps=run(worked, out, request(worked)))
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """When and as which file each one under `folder` was written."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
+
+def test_every_step_is_taken_once_and_in_order(whole):
+    assert tuple(whole.steps[: len(STEPS)]) == STEPS
+    assert leftovers(whole.out.parent) == []
+
+
+def test_the_model_in_the_bundle_is_within_the_budget_and_knows_its_images(worked, whole):
+    model = load_model_folder(whole.out / "model")
+    cost = load_supernet(whole.work / "supernet").config.cost
+    assert 0.55 * cost.dense_macs < cost.macs(model.config.ranks) <= 0.6 * cost.dense_macs
+    assert {role: record.images for role, record in model.config.image_sets.items()} == {
+        "calibration": 64,
+        "selection": 40,
+    }
+    assert set(whole.report.probes) == set(cost.shapes)
+
+
+def test_allocated_ranks_keep_a_trained_model_far_closer_to_dense_than_uniform_ones(tmp_path):
+    """The example's ViT at a fifth of its MACs, on images that neither factors nor ranks were chosen on."""
+    supernet = build(
+        load_model(str(FASHION / "model")),
+        tmp_path / "supernet",
+        data=f"{FASHION / 'calibration.tar'},limit=96",
+        layers=("qkv", "proj", "fc1", "fc2"),
+        space="multiples=8",
+    )
+    selection = SensitivityRequest(select_data=f"{FASHION / 'selection.tar'},limit=32")
+    report = measure_sensitivity(supernet.folder, tmp_path / "sensitivity", selection)
+    images = SelectionImages(TimmImages(f"{FASHION / 'test.tar'},limit=100", supernet.config.preprocessing))
+    dense = log_probabilities(supernet.load_dense().module, images)
+
+    def divergence(ranks: RankConfig) -> float:
+        with active_ranks(supernet.module, ranks.ranks):
+            found = log_probabilities(supernet.module, images)
+        return (dense.exp() * (dense - found)).sum(1).mean().item()
+
+    allocated, uniform = allocated_ranks(supernet, report, "macs=20%"), chosen_ranks(supernet, macs="20%")
+    assert 0.19 * supernet.config.cost.dense_macs < allocated.macs <= 0.2 * supernet.config.cost.dense_macs
+    assert divergence(allocated) < divergence(uniform) / 2
+
+
+def test_interrupted_at_every_step_and_resumed_equals_uninterrupted(worked, whole, tmp_path):
+    for step in (*STEPS[:2], "probing layers: 5 of 8", *STEPS[2:], EXPORT):
+        assert run(worked, tmp_path / "bundle", request(worked), stop_at=step)[-1] == step.partition(":")[0]
+    assert not (tmp_path / "bundle").exists()
+    work = tmp_path / "bundle.work"
+    assert SensitivityReport.load(work / "sensitivity" / SENSITIVITY) == whole.report
+    compact = Path("compact-macs-60pct") / MODEL_WEIGHTS
+    assert sha256_of_file(work / compact) == sha256_of_file(whole.work / compact)
+
+
+def test_the_same_command_again_only_exports(worked, whole):
+    before = files(whole.work)
+    assert run(worked, whole.out, request(worked), stop_at=EXPORT) == [EXPORT]
+    assert files(whole.work) == before
+
+
+def test_another_budget_probes_nothing(worked, whole):
+    before = files(whole.work)
+    assert run(worked, whole.out, request(worked, budget=OTHER_BUDGET), stop_at=EXPORT) == ["materializing", EXPORT]
+    cost = load_supernet(whole.work / "supernet").config.cost
+    ranks = load_model_folder(whole.work / "compact-params-55pct").config.ranks
+    assert 0.5 * cost.dense_params < cost.params(ranks) <= 0.55 * cost.dense_params
+    assert {name: files(whole.work)[name] for name in before} == before
+
+
+def test_other_selection_images_are_probed_anew(worked, whole, tmp_path):
+    run(worked, tmp_path / "bundle", request(worked), stop_at="materializing")
+    other = request(worked, select_data=f"{worked.selection},limit=39")
+    assert run(worked, tmp_path / "bundle", other, stop_at="materializing") == ["probing layers", "materializing"]
+
+
+def test_unfinished_probes_on_other_images_need_a_restart(worked, tmp_path):
+    run(worked, tmp_path / "bundle", request(worked), stop_at="probing layers: 3 of 8")
+    other = request(worked, select_data=f"{worked.selection},limit=39")
+    with pytest.raises(InputError, match=r"unfinished job with other settings \(selection.*--restart"):
+        run(worked, tmp_path / "bundle", other)
+    again = dataclasses.replace(other, restart=True)
+    assert run(worked, tmp_path / "bundle", again, stop_at="materializing") == ["probing layers", "materializing"]
+
+
+def test_every_fourth_calibration_image_is_held_out_to_choose_by(worked):
+    data = f"{FASHION / 'calibration.tar'},limit=60"
+    calibration, selection = request(worked, calib_data=data, select_data=None).image_sets
+    parts = [TimmImages(text, GREY).record() for text in (calibration, selection)]
+    assert not set(parts[0].image_digests) & set(parts[1].image_digests)
+    assert ImageSetSpec.parse(selection).fold == ImageSetSpec.parse(calibration).left_out == (1, 4)
+
+
+REFUSED = {
+    "a budget below the smallest subnet": ({"budget": "macs=1%"}, "below the smallest"),
+    "no budget": ({"budget": "50"}, "is no budget"),
+    "no such space": ({"space": "sevenths"}, "eighths"),
+    "no such layers": ({"layers": ("fc9",)}, "selected by fc9"),
+    "images that are not there": ({"calib_data": "nowhere"}, "nowhere"),
+    "a part without images to choose by": (
+        {"calib_data": f"{FASHION / 'calibration.tar'},fold=1/2", "select_data": None},
+        "--select-data",
+    ),
+    "selection images that are calibration images": (
+        {"select_data": f"{FASHION / 'calibration.tar'},limit=10"},
+        "calibration set",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_a_step_would_refuse_is_refused_before_anything_is_written(worked, tmp_path, change, says):
+    with pytest.raises(InputError, match=says):
+        run(worked, tmp_path / "bundle", request(worked, **change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_factorized_model_is_refused(worked, whole, tmp_path):
+    with pytest.raises(InputError, match="factorized already"):
+        compress_training_free(load_model_folder(whole.out / "model"), tmp_path / "bundle", request(worked))
