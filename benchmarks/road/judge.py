@@ -45,8 +45,8 @@ def _headline(model: RoadModel, results: Mapping[str, Any], rows: list[Row], bar
     for budget in model.budgets if seeds else ():
         found = [right_of(road["budgets"][str(budget)]) for _, road in seeds]
         beside = {
-            "yardstick": _difference([(right_of(yard), one) for (yard, _), one in zip(seeds, found, strict=True)]),
-            "dense": _difference([(right_of(dense), one) for one in found]),
+            "yardstick": difference([(right_of(yard), one) for (yard, _), one in zip(seeds, found, strict=True)]),
+            "dense": difference([(right_of(dense), one) for one in found]),
         }
         top1 = fmean(100 * one.mean() for one in found)
         for what, (drop, low, high) in beside.items():
@@ -81,7 +81,7 @@ def _ablations(model: RoadModel, results: Mapping[str, Any], rows: list[Row], ba
             for road, without in _seeds(results, model, "road", ablation)
         ]
         if pairs:
-            drop, low, high = _difference(pairs)
+            drop, low, high = difference(pairs)
             top1 = fmean(100 * without.mean() for _, without in pairs)
             rows.append(
                 [
@@ -114,7 +114,7 @@ def _search_cost(results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -
     found = [result for name, result in results.items() if name.startswith("search-cost-")]
     if not found:
         return
-    lost, low, high = _difference([(right_of(one["paper"]), right_of(one["ours"])) for one in found])
+    lost, low, high = difference([(right_of(one["paper"]), right_of(one["ours"])) for one in found])
     spent = fmean(one["initial_image_forwards"] + one["ours"]["image_forwards"] for one in found)
     paper = fmean(one["paper"]["image_forwards"] for one in found)
     top1 = fmean(one["ours"]["top1"] for one in found)
@@ -137,7 +137,7 @@ def _points(low: float, high: float) -> str:
     return f"{-high:+.2f} to {-low:+.2f}"
 
 
-def _difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
+def difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
     """Mean top-1 of the first less that of the second in points, with a 95 % bootstrap interval over images."""
     differences = np.stack([a.astype(float) - b for a, b in pairs]).mean(0)
     rng = np.random.default_rng(0)
