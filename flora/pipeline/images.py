@@ -1,12 +1,17 @@
 """Opening the images that a step judges by: without torch where they are files, through timm otherwise."""
 
+import hashlib
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.images import ImageSet, LabelledImages
 from flora.errors import InputError
 from flora.imagesets import ImageSetRecord, ImageSetSpec
 from flora.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from flora.training.data import TimmImages
 
 # Above this many images, their digests are not recorded: an overlap with them is not looked for.
 MOST_DIGESTS = 100_000
@@ -40,9 +45,16 @@ def training_record(text: str, images: ImageSet) -> ImageSetRecord:
     return images.record()
 
 
-def identity(record: ImageSetRecord) -> str:
-    """What tells image sets apart in the settings of a job: the digest, or where there is none what is known."""
-    return record.digest or f"{record.images} of {record.spec}"
+def identity(images: "TimmImages", record: ImageSetRecord) -> str:
+    """What tells image sets apart in the settings of a job: images in order and their labels, wherever they lie.
+
+    Images without digests in `record` go by their names; of a streamed set only its text is known.
+    """
+    contents = record.image_digests or images.names()
+    if contents is None:
+        return f"{record.images} of {record.spec}"
+    pairs = list(zip(contents, images.labels().tolist(), strict=True))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def certified_record(images: ImageSet, seen: Mapping[Any, ImageSetRecord]) -> ImageSetRecord:

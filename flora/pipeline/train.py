@@ -103,11 +103,10 @@ def train(
     job = Job(
         settings={
             "source": content_digest(source),
-            "data": request.data,
-            "images": identity(record),
+            "images": identity(images, record),
             "teacher": weights_digest(teacher.module) if teacher else None,
             "top_k": request.top_k if request.teacher_cache else None,
-            "selection": identity(chosen_by) if chosen_by else None,
+            "selection": identity(selection, chosen_by) if selection and chosen_by else None,
             **request.settings.model_dump(),
         }
     )
