@@ -158,7 +158,7 @@ def content_digest(folder: Path) -> str:
         supernet = SupernetConfig.load(folder / SUPERNET_CONFIG)
         config = supernet.model_dump_json(exclude={"source", "versions", "created"})
     else:
-        config = ModelConfig.load(folder / MODEL_CONFIG).model_dump_json()
+        config = ModelConfig.load(folder / MODEL_CONFIG).model_dump_json(exclude={"reference": {"path"}})
     names = (SUPERNET_WEIGHTS, DENSE_WEIGHTS, FILTER_REPORT, MODEL_WEIGHTS, RANK_CONFIG)
     files = [f"{name} {sha256_of_file(folder / name)}" for name in names if (folder / name).is_file()]
     return hashlib.sha256("\n".join([config, *files]).encode()).hexdigest()

@@ -5,7 +5,7 @@ a step is done again only where what it comes from or its settings have changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,7 @@ from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec, at_most
-from flora.lowrank.checkpoint import RANK_CONFIG, LoadedModel, load_model_folder
+from flora.lowrank.checkpoint import MODEL_CONFIG, RANK_CONFIG, LoadedModel, ModelConfig, load_model_folder
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job
@@ -147,7 +147,7 @@ def compress(
             layers=request.layers,
             space=request.space,
             workers=request.workers,
-            on_start=begins("factorizing"),
+            on_start=begins("factorizing", filtered, trained, found, tuned),
         )
     wait()
     filter_space(
@@ -179,11 +179,16 @@ def compress(
     )
     ranks = RankConfig.load(found / RANK_CONFIG)
     materialize_job(trained, ranks, compact, on_start=begins("materializing", tuned))
+    shipped = compact
     if request.finetune_epochs:
         train_step(compact, tuned, request.finetune_epochs, "fine-tuning")
-        compact = tuned
+        shipped = tuned
     if is_main():
-        export_bundle(load_model_folder(compact), request.export, out, on_step=on_step)
+        # Where all has moved since the fine-tuning, the compact model knows where the dense one lies now.
+        model = load_model_folder(shipped)
+        reference = ModelConfig.load(compact / MODEL_CONFIG).reference
+        model = replace(model, config=model.config.model_copy(update={"reference": reference}))
+        export_bundle(model, request.export, out, on_step=on_step)
     wait()
     return load_bundle(out)
 

@@ -15,6 +15,7 @@ from flora.artifact import sha256_of_file
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import (
+    DENSE_WEIGHTS,
     MODEL_WEIGHTS,
     SUPERNET_WEIGHTS,
     ModelConfig,
@@ -152,6 +153,21 @@ def test_a_second_call_does_no_step_again(worked, whole):
     assert files(whole.work) == before
 
 
+def test_moved_with_its_steps_nothing_is_done_again_and_the_dense_model_is_found(worked, whole, tmp_path):
+    for path in (whole.out, whole.work):
+        shutil.copytree(path, tmp_path / "there" / path.name)
+    moved = (tmp_path / "there").rename(tmp_path / "here") / "bundle"
+    work = moved.with_name("bundle.work")
+    before = files(work)
+    assert run(worked, moved, request(worked))[0] == EXPORT
+    assert {name for name, file in files(work).items() if before[name] != file} == {
+        f"compact-macs-60pct/{path.name}" for path in (work / "compact-macs-60pct").iterdir()
+    }
+    reference = load_model_folder(moved / "model").config.reference
+    assert reference.path == str(work / "trained" / DENSE_WEIGHTS)
+    assert sha256_of_file(Path(reference.path)) == reference.sha256
+
+
 def test_another_budget_searches_the_supernet_that_is_there(worked, whole):
     before = files(whole.work)
     steps = run(worked, whole.out, request(worked, budget=OTHER_BUDGET), stop_at=EXPORT)
@@ -276,7 +292,11 @@ def stopped(worked, tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"settings": LONGER}, r"other settings \(epochs: 2, now 3\)"), ({"share": 0.5}, "filtering candidates anew")],
+    [
+        ({"settings": LONGER}, r"other settings \(epochs: 2, now 3\)"),
+        ({"share": 0.5}, "filtering candidates anew"),
+        ({"layers": ("fc1", "fc2")}, "factorizing anew"),
+    ],
 )
 def test_an_unfinished_step_is_not_thrown_away_by_other_settings(worked, stopped, change, says):
     work = stopped.with_name("bundle.work")
