@@ -14,17 +14,18 @@ import torch
 from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
 from flora.errors import InputError
-from flora.imagesets import ImageSetSpec, at_most
+from flora.imagesets import ImageSetRecord, ImageSetSpec, at_most
 from flora.lowrank.checkpoint import MODEL_CONFIG, RANK_CONFIG, LoadedModel, ModelConfig, load_model_folder
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job
 from flora.pipeline.export import ExportRequest, export_bundle
 from flora.pipeline.filter import FilterRequest, filter_space
-from flora.pipeline.images import check_classes, open_images, training_record
+from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates, training_record
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.search import SearchRequest, budget_slug, search
 from flora.pipeline.train import TrainRequest, check_training, train
+from flora.preprocessing import Preprocessing
 from flora.ranks.budget import Budget, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings
@@ -207,20 +208,34 @@ def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
     request.export.engine_specs()
     evaluation = open_images(request.export.eval_data, preprocessing)
     check_classes(evaluation, classes)
-    calibration, selection, training = request.image_sets
+    calibration, selection, training = (TimmImages(text, preprocessing) for text in request.image_sets)
+    held_out = _names_of_chosen_by(selection.text, preprocessing)
     records = {
         "evaluation": evaluation.record(),
-        "selection": TimmImages(selection, preprocessing).record(),
-        "calibration": TimmImages(calibration, preprocessing).record(),
-        "training": training_record(training, TimmImages(training, preprocessing)),
+        "selection": ImageSetRecord.of(selection.text, len(held_out), list(held_out)),
+        "calibration": calibration.record(),
+        "training": training_record(training.text, training),
     }
+    if request.select_data is None:
+        refuse_duplicates(request.data, held_out, names_by_digest(training, records["training"]))
+        if request.calib_data is None:
+            refuse_duplicates(request.data, held_out, names_by_digest(calibration, records["calibration"]))
     for own, others in (
         ("evaluation", ("calibration", "selection", "training")),
         ("selection", ("calibration", "training")),
     ):
         for other in others:
             records[own].refuse_overlap(records[other], own_role=own, other_role=other)
-    check_fitness(request.fitness, TimmImages(at_most(selection, SEARCH_IMAGES), preprocessing), model.module)
+    check_fitness(request.fitness, TimmImages(at_most(selection.text, SEARCH_IMAGES), preprocessing), model.module)
     check_training(model, request.training(request.settings.epochs))
     if request.finetune_epochs:
         request.training(request.finetune_epochs)
+
+
+def _names_of_chosen_by(selection: str, preprocessing: Preprocessing) -> dict[str, str]:
+    """The images that filtering and the search take of the selection images: names by digest."""
+    names: dict[str, str] = {}
+    for limit in (FILTER_IMAGES, SEARCH_IMAGES):
+        images = TimmImages(at_most(selection, limit), preprocessing)
+        names |= names_by_digest(images, images.record())
+    return names

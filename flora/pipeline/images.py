@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from export.images import ImageSet, LabelledImages
-from flora.errors import InputError
+from flora.errors import InputError, few
 from flora.imagesets import ImageSetRecord, ImageSetSpec
 from flora.preprocessing import Preprocessing
 
@@ -55,6 +55,21 @@ def identity(images: "TimmImages", record: ImageSetRecord) -> str:
         return f"{record.images} of {record.spec}"
     pairs = list(zip(contents, images.labels().tolist(), strict=True))
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def names_by_digest(images: "TimmImages", record: ImageSetRecord) -> dict[str, str]:
+    """What each image is called within its set, by its digest; nothing where `record` has no digests."""
+    return dict(zip(record.image_digests, images.names() or (), strict=True)) if record.image_digests else {}
+
+
+def refuse_duplicates(text: str, held_out: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Refuse the images `text`, which flora divided itself, where one lies in both parts (names by digest)."""
+    twins = [f"{held_out[digest]} is {others[digest]}" for digest in held_out if digest in others]
+    if twins:
+        raise InputError(
+            f"{text} holds {len(twins)} images twice, once among those that are held out to choose by "
+            f"({few(twins, 3)}). Remove the duplicates, or give other images to choose by with --select-data."
+        )
 
 
 def certified_record(images: ImageSet, seen: Mapping[Any, ImageSetRecord]) -> ImageSetRecord:

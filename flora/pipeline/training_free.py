@@ -20,7 +20,7 @@ from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job
 from flora.pipeline.export import ExportRequest, export_bundle
-from flora.pipeline.images import check_classes, open_images
+from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
@@ -116,7 +116,12 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> None:
     request.export.engine_specs()
     evaluation = open_images(request.export.eval_data, preprocessing)
     check_classes(evaluation, cast(int, model.module.num_classes))
-    calibration, selection = (TimmImages(text, preprocessing).record() for text in request.image_sets)
+    parts = [TimmImages(text, preprocessing) for text in request.image_sets]
+    calibration, selection = (images.record() for images in parts)
+    if request.select_data is None:
+        refuse_duplicates(
+            request.calib_data, names_by_digest(parts[1], selection), names_by_digest(parts[0], calibration)
+        )
     selection.refuse_overlap(calibration, own_role="selection", other_role="calibration")
     for role, seen in (("calibration", calibration), ("selection", selection)):
         evaluation.record().refuse_overlap(seen, own_role="evaluation", other_role=role)

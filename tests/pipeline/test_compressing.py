@@ -362,6 +362,18 @@ def test_a_part_of_a_set_is_not_divided_again(worked, part):
         _ = request(worked, data=f"{FASHION / 'calibration.tar'},{part}", select_data=None).image_sets
 
 
+def test_a_file_that_is_there_twice_is_named_where_flora_divides_the_images(worked, image_folder, tmp_path):
+    """The first image is held out, its copy is not."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copy(images / "0" / "0.png", images / "7" / "copy.png")
+    settings = TrainingSettings(epochs=1, batch_size=8)
+    asked = request(worked, data=str(images), select_data=None, calib_data=None, settings=settings)
+    with pytest.raises(InputError, match=r"holds 1 images twice.*\(0/0\.png is 7/copy\.png\).*--select-data"):
+        run(worked, tmp_path / "out", asked)
+    (images / "7" / "copy.png").unlink()
+    assert run(worked, tmp_path / "out", asked, stop_at=STEPS[0]) == [STEPS[0]]
+
+
 # What is refused before anything is spent
 
 
@@ -389,6 +401,23 @@ def test_filter_and_search_get_a_part_of_many_selection_images(worked, tmp_path,
         filtered = load_supernet(work / "filtered").config.image_sets["selection"]
         searched = RankConfig.load(work / "search-macs-60pct" / "ranks.json").selection
         assert (filtered.images, searched.images) == expected
+
+
+@pytest.mark.parametrize(("place", "seen"), [(6, "by filter"), (5, "by search"), (1, "by neither")])
+def test_of_the_selection_images_those_that_are_used_are_checked(
+    worked, image_folder, tmp_path, monkeypatch, place, seen
+):
+    """Of twenty images filter takes the places 0, 6, 13, and search 0, 2, 5, 8, 11, 14, 17."""
+    monkeypatch.setattr("flora.pipeline.compress.FILTER_IMAGES", 3)
+    monkeypatch.setattr("flora.pipeline.compress.SEARCH_IMAGES", 7)
+    (tmp_path / "calibration").mkdir()
+    shutil.copy(image_folder / TimmImages(str(image_folder), GREY).names()[place], tmp_path / "calibration")
+    asked = request(worked, select_data=str(image_folder), calib_data=str(tmp_path / "calibration"))
+    if seen == "by neither":
+        assert run(worked, tmp_path / "out", asked, stop_at=STEPS[0]) == [STEPS[0]]
+        return
+    with pytest.raises(InputError, match=r"1 images of the selection set .* also in the calibration set"):
+        run(worked, tmp_path / "out", asked)
 
 
 REFUSED = {

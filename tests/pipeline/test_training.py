@@ -1,5 +1,6 @@
 """A supernet trains, a model folder is fine-tuned, by one function: what it records, resumes, keeps and refuses."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -138,6 +139,14 @@ def test_a_finished_training_is_not_done_again(worked, whole):
     again = train(worked.filtered, whole, asked, on_start=started.append, on_step=interrupt)
     assert (started, times()) == ([True], before)
     assert again.config == load_supernet(whole).config
+
+
+def test_a_finished_training_prepares_nothing(worked, image_folder, tmp_path):
+    """Not even the answers of its teacher, whose folder is no setting."""
+    asked = request(worked, data=str(image_folder), settings=settings(epochs=1))
+    for name in ("first", "second"):
+        train(worked.compact, tmp_path / "out", dataclasses.replace(asked, teacher_cache=tmp_path / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out"]
 
 
 @pytest.mark.parametrize("change", [{"settings": settings()}, {"teacher": "none"}, {"restart": True}])

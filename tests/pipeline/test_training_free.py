@@ -1,6 +1,7 @@
 """Compressing without training: within the budget, better than uniform ranks, resumable, its steps kept."""
 
 import dataclasses
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -175,6 +176,14 @@ def test_every_fourth_calibration_image_is_held_out_to_choose_by(worked):
     parts = [TimmImages(text, GREY).record() for text in (calibration, selection)]
     assert not set(parts[0].image_digests) & set(parts[1].image_digests)
     assert ImageSetSpec.parse(selection).fold == ImageSetSpec.parse(calibration).left_out == (1, 4)
+
+
+def test_a_file_that_is_there_twice_is_named_where_flora_divides_the_images(worked, image_folder, tmp_path):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copy(images / "0" / "0.png", images / "8" / "copy.png")
+    asked = request(worked, calib_data=str(images), select_data=None)
+    with pytest.raises(InputError, match=r"holds 1 images twice.*\(0/0\.png is 8/copy\.png\).*--select-data"):
+        run(worked, tmp_path / "bundle", asked)
 
 
 REFUSED = {
