@@ -19,7 +19,7 @@ from flora.lowrank.checkpoint import MODEL_CONFIG, RANK_CONFIG, LoadedModel, Mod
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job
-from flora.pipeline.export import ExportRequest, export_bundle
+from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates, training_record
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
@@ -99,9 +99,13 @@ def compress(
     out: Path,
     request: CompressRequest,
     *,
+    on_start: OnStart = lambda done: None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
-    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished."""
+    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished.
+
+    `on_start` is told whether the bundle is there already, when the steps before it are done.
+    """
     check_replaceable(out, marker=MANIFEST)
     calibration, selection, _ = request.image_sets
     processes(request.device)
@@ -189,7 +193,7 @@ def compress(
         model = load_model_folder(shipped)
         reference = ModelConfig.load(compact / MODEL_CONFIG).reference
         model = replace(model, config=model.config.model_copy(update={"reference": reference}))
-        export_bundle(model, request.export, out, on_step=on_step)
+        export_job(model, request.export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
 

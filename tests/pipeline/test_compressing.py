@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from export.bundle import check_hashes, load_bundle
 from flora.artifact import sha256_of_file
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
@@ -47,7 +48,7 @@ def request(worked: WorkedExample, **changes) -> CompressRequest:
         "select_data": f"{worked.selection},limit=40",
         "calib_data": worked.calibration,
         "budget": BUDGET,
-        "export": ExportRequest(eval_data=f"{worked.images},limit=20", repeats=1, threads=1, max_drop=100),
+        "export": exported(worked),
         "settings": TrainingSettings(epochs=2, batch_size=24, learning_rate=1e-4),
         "finetune_epochs": 1,
         "layers": ("qkv", "fc1", "fc2"),
@@ -55,6 +56,11 @@ def request(worked: WorkedExample, **changes) -> CompressRequest:
         "search": SearchSettings.of_size(6, 1),
     }
     return CompressRequest(**defaults | changes)
+
+
+def exported(worked: WorkedExample, **changes) -> ExportRequest:
+    defaults = {"eval_data": f"{worked.images},limit=20", "repeats": 1, "threads": 1, "max_drop": 100}
+    return ExportRequest(**defaults | changes)
 
 
 def quick(**changes) -> TrainingSettings:
@@ -148,9 +154,12 @@ def test_interrupted_in_the_middle_of_training_and_resumed_equals_uninterrupted(
 
 
 def test_a_second_call_does_no_step_again(worked, whole):
-    before = files(whole.work)
-    assert run(worked, whole.out, request(worked), stop_at=EXPORT) == [EXPORT]
-    assert files(whole.work) == before
+    before = files(whole.work), files(whole.out)
+    started: list[bool] = []
+    again = compress(load_model(str(worked.dense)), whole.out, request(worked), on_start=started.append)
+    assert (started, files(whole.work), files(whole.out)) == ([True], *before)
+    assert again == load_bundle(whole.out)
+    assert check_hashes(again) == []
 
 
 def test_moved_with_its_steps_nothing_is_done_again_and_the_dense_model_is_found(worked, whole, tmp_path):
@@ -159,7 +168,8 @@ def test_moved_with_its_steps_nothing_is_done_again_and_the_dense_model_is_found
     moved = (tmp_path / "there").rename(tmp_path / "here") / "bundle"
     work = moved.with_name("bundle.work")
     before = files(work)
-    assert run(worked, moved, request(worked))[0] == EXPORT
+    assert run(worked, moved, request(worked)) == []
+    assert run(worked, moved, request(worked, export=exported(worked, repeats=2)))[0] == EXPORT
     assert {name for name, file in files(work).items() if before[name] != file} == {
         f"compact-macs-60pct/{path.name}" for path in (work / "compact-macs-60pct").iterdir()
     }
@@ -215,13 +225,13 @@ def test_what_a_late_setting_does_not_touch_stays(worked, whole):
     steps = run(worked, whole.out, request(worked, search=SearchSettings.of_size(6, 2)), stop_at="materializing")
     assert steps == ["searching", "materializing"]
     assert {name: files(whole.work)[name] for name in kept} == kept
-    assert run(worked, whole.out, request(worked), stop_at=EXPORT)[0] == "searching"
+    assert run(worked, whole.out, request(worked)) == ["searching"]
 
 
 def test_a_setting_that_is_taken_back_costs_what_was_done_with_it_and_no_more(worked, whole):
     """The supernet is made again, and it is the one that the later steps came from."""
     assert run(worked, whole.out, request(worked, space="eighths"), stop_at="filtering")[0] == "factorizing"
-    assert run(worked, whole.out, request(worked), stop_at=EXPORT) == ["factorizing", EXPORT]
+    assert run(worked, whole.out, request(worked)) == ["factorizing"]
 
 
 def test_other_weights_behind_the_name_of_the_model_are_compressed_anew(worked, tmp_path):
@@ -316,7 +326,7 @@ def test_restart_throws_the_unfinished_step_away_and_nothing_else(worked, stoppe
 
 def test_restart_does_nothing_finished_again(worked, whole):
     before = files(whole.work)
-    assert run(worked, whole.out, request(worked, restart=True), stop_at=EXPORT) == [EXPORT]
+    assert run(worked, whole.out, request(worked, restart=True)) == []
     assert files(whole.work) == before
 
 
