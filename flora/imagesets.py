@@ -118,12 +118,13 @@ class ImageSetRecord(BaseModel):
 
     def refuse_overlap(self, other: "ImageSetRecord", *, own_role: str, other_role: str) -> None:
         """Raise `InputError` when the two sets share an image."""
-        shared = set(self.image_digests or ()) & set(other.image_digests or ())
+        others = set(other.image_digests or ())
+        shared = [digest for digest in dict.fromkeys(self.image_digests or ()) if digest in others]
         if shared:
             raise InputError(
                 f"{len(shared)} images of the {own_role} set ({self.spec}) are also in the {other_role} set "
-                f"({other.spec}); figures measured on images that choices were made on prove nothing. "
-                "Use separate images."
+                f"({other.spec}), by SHA-256: {few(shared, 3)}; figures measured on images that choices were made on "
+                "prove nothing. Use separate images."
             )
 
 

@@ -19,7 +19,7 @@ SETTINGS = "settings.json"
 
 
 class Job(Document):
-    """`settings.json`: what the result of a job depends on, JSON values; images and weights by their digests."""
+    """`settings.json`: what the result of a job depends on, JSON values; images and weights by their content."""
 
     kind: Literal["flora job"] = "flora job"
     settings: dict[str, Any]

@@ -68,8 +68,15 @@ def _record(*contents: bytes, spec: str = "photos") -> ImageSetRecord:
 
 def test_sets_that_share_an_image_are_refused_with_the_number_and_both_names():
     evaluation, calibration = _record(b"a", b"b", b"c", spec="val"), _record(b"c", b"x", b"a", spec="cal")
-    with pytest.raises(InputError, match=r"2 images of the evaluation set \(val\).*calibration set \(cal\)"):
+    with pytest.raises(InputError, match=r"2 images of the evaluation set \(val\).*calibration set \(cal\)") as refused:
         evaluation.refuse_overlap(calibration, own_role="evaluation", other_role="calibration")
+    assert f"by SHA-256: {image_digest(b'a')}, {image_digest(b'c')};" in str(refused.value)
+
+
+def test_of_many_shared_images_three_are_named():
+    many = _record(*(bytes([i]) for i in range(9)))
+    with pytest.raises(InputError, match=r"9 images.*: \w+, \w+, \w+ and 6 more;"):
+        many.refuse_overlap(many, own_role="evaluation", other_role="calibration")
 
 
 @pytest.mark.parametrize("other", [_record(b"x"), ImageSetRecord.of("stream", 5, None), _record()])

@@ -124,8 +124,8 @@ def command(
     By default without training, in minutes: factorizes the model, probes what each layer's rank costs, allocates ranks
     within the budget, exports and verifies. With --method supernet it filters the candidates of a supernet, trains
     it, searches it, and fine-tunes what was found. What the steps make stays in OUT.work. Stopped, the same command
-    goes on; with other options or other images, the steps that depend on them are done again. Exit code 3 when a gate
-    fails.
+    goes on; with other options or other images, the steps that depend on them are done again; finished, it does
+    nothing. Exit code 3 when a gate fails.
     """
     set_threads(threads)
     is_supernet = method == "supernet"
@@ -142,6 +142,11 @@ def command(
         eval_data=eval_data, targets=targets, max_drop=max_drop, threads=threads, command=("flora", *sys.argv[1:])
     )
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
+
+    def say_when_there(done: bool) -> None:
+        if done and not as_json:
+            click.echo(f"flora: {out} is finished; there is nothing to do. Remove it to measure again.", err=True)
+
     with status(hidden=as_json or not is_main()) as say:
         if is_supernet:
             from flora.cli.training import settings_from_options
@@ -168,7 +173,7 @@ def command(
                 workers=workers,
                 restart=restart,
             )
-            bundle = compress(loaded, out, request, on_step=say)
+            bundle = compress(loaded, out, request, on_start=say_when_there, on_step=say)
         else:
             from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
 
@@ -186,6 +191,7 @@ def command(
                     workers=workers,
                     restart=restart,
                 ),
+                on_start=say_when_there,
                 on_step=say,
             )
     if not is_main():

@@ -156,12 +156,16 @@ def content_digest(folder: Path) -> str:
     folder = Path(folder)
     if is_supernet_folder(folder):
         supernet = SupernetConfig.load(folder / SUPERNET_CONFIG)
-        config = supernet.model_dump_json(exclude={"source", "versions", "created"})
+        config = supernet.model_dump_json(exclude=_PLACES | {"source": True, "versions": True, "created": True})
     else:
-        config = ModelConfig.load(folder / MODEL_CONFIG).model_dump_json()
+        config = ModelConfig.load(folder / MODEL_CONFIG).model_dump_json(exclude=_PLACES | {"reference": {"path"}})
     names = (SUPERNET_WEIGHTS, DENSE_WEIGHTS, FILTER_REPORT, MODEL_WEIGHTS, RANK_CONFIG)
     files = [f"{name} {sha256_of_file(folder / name)}" for name in names if (folder / name).is_file()]
     return hashlib.sha256("\n".join([config, *files]).encode()).hexdigest()
+
+
+# Where images, and a teacher that is a folder, lay.
+_PLACES: dict[str, Any] = {"image_sets": {"__all__": {"spec"}}, "training": {"__all__": {"images", "teacher"}}}
 
 
 def load_model(

@@ -64,7 +64,7 @@ def build(
             "layers": list(cost.shapes),
             "method": method,
             "space": search_space.model_dump(mode="json"),
-            "calibration": identity(calibration) if calibration else None,
+            "calibration": identity(images, calibration) if images and calibration else None,
         }
     )
     done = not restart and job.is_in(out)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from flora.errors import InputError
 from flora.lowrank.checkpoint import (
+    DENSE_WEIGHTS,
+    MODEL_CONFIG,
     LoadedModel,
     LoadedSupernet,
     ModelConfig,
@@ -74,13 +76,20 @@ def compact_from_supernet(supernet: LoadedSupernet, ranks: RankConfig) -> Loaded
 
 
 def materialize_job(source: Path, ranks: RankConfig, out: Path, *, on_start: OnStart) -> None:
-    """Write the model folder `out`: the supernet in folder `source` at `ranks`. Where it is there, nothing is done."""
-    # The folder is where the compact model remembers its dense one to lie.
+    """Write the model folder `out`: the supernet in folder `source` at `ranks`. Where it is there, nothing is done.
+
+    Where only `source` has moved, the same model is written with the place where its dense one lies now.
+    """
     chosen = hashlib.sha256(ranks.model_dump_json().encode()).hexdigest()
-    job = Job(settings={"source": content_digest(source), "folder": str(source), "ranks": chosen})
+    job = Job(settings={"source": content_digest(source), "ranks": chosen})
     done = job.is_in(out)
     on_start(done)
-    if is_main() and not done:
+    if is_main() and not (done and _knows_dense_of(source, out)):
         cut = compact_from_supernet(load_supernet(source), ranks)
         save_model(out, cut.module, cut.config, ranks=ranks, extra={SETTINGS: job})
     wait()
+
+
+def _knows_dense_of(source: Path, out: Path) -> bool:
+    reference = ModelConfig.load(out / MODEL_CONFIG).reference
+    return reference is not None and reference.path == str((source / DENSE_WEIGHTS).absolute())

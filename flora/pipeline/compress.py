@@ -5,7 +5,7 @@ a step is done again only where what it comes from or its settings have changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,17 +14,18 @@ import torch
 from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
 from flora.errors import InputError
-from flora.imagesets import ImageSetSpec, at_most
-from flora.lowrank.checkpoint import RANK_CONFIG, LoadedModel, load_model_folder
+from flora.imagesets import ImageSetRecord, ImageSetSpec, at_most
+from flora.lowrank.checkpoint import MODEL_CONFIG, RANK_CONFIG, LoadedModel, ModelConfig, load_model_folder
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job
-from flora.pipeline.export import ExportRequest, export_bundle
+from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.filter import FilterRequest, filter_space
-from flora.pipeline.images import check_classes, open_images, training_record
+from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates, training_record
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.search import SearchRequest, budget_slug, search
 from flora.pipeline.train import TrainRequest, check_training, train
+from flora.preprocessing import Preprocessing
 from flora.ranks.budget import Budget, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings
@@ -98,9 +99,13 @@ def compress(
     out: Path,
     request: CompressRequest,
     *,
+    on_start: OnStart = lambda done: None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
-    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished."""
+    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished.
+
+    `on_start` is told whether the bundle is there already, when the steps before it are done.
+    """
     check_replaceable(out, marker=MANIFEST)
     calibration, selection, _ = request.image_sets
     processes(request.device)
@@ -147,7 +152,7 @@ def compress(
             layers=request.layers,
             space=request.space,
             workers=request.workers,
-            on_start=begins("factorizing"),
+            on_start=begins("factorizing", filtered, trained, found, tuned),
         )
     wait()
     filter_space(
@@ -179,11 +184,16 @@ def compress(
     )
     ranks = RankConfig.load(found / RANK_CONFIG)
     materialize_job(trained, ranks, compact, on_start=begins("materializing", tuned))
+    shipped = compact
     if request.finetune_epochs:
         train_step(compact, tuned, request.finetune_epochs, "fine-tuning")
-        compact = tuned
+        shipped = tuned
     if is_main():
-        export_bundle(load_model_folder(compact), request.export, out, on_step=on_step)
+        # Where all has moved since the fine-tuning, the compact model knows where the dense one lies now.
+        model = load_model_folder(shipped)
+        reference = ModelConfig.load(compact / MODEL_CONFIG).reference
+        model = replace(model, config=model.config.model_copy(update={"reference": reference}))
+        export_job(model, request.export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
 
@@ -202,20 +212,34 @@ def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
     request.export.engine_specs()
     evaluation = open_images(request.export.eval_data, preprocessing)
     check_classes(evaluation, classes)
-    calibration, selection, training = request.image_sets
+    calibration, selection, training = (TimmImages(text, preprocessing) for text in request.image_sets)
+    held_out = _names_of_chosen_by(selection.text, preprocessing)
     records = {
         "evaluation": evaluation.record(),
-        "selection": TimmImages(selection, preprocessing).record(),
-        "calibration": TimmImages(calibration, preprocessing).record(),
-        "training": training_record(training, TimmImages(training, preprocessing)),
+        "selection": ImageSetRecord.of(selection.text, len(held_out), list(held_out)),
+        "calibration": calibration.record(),
+        "training": training_record(training.text, training),
     }
+    if request.select_data is None:
+        refuse_duplicates(request.data, held_out, names_by_digest(training, records["training"]))
+        if request.calib_data is None:
+            refuse_duplicates(request.data, held_out, names_by_digest(calibration, records["calibration"]))
     for own, others in (
         ("evaluation", ("calibration", "selection", "training")),
         ("selection", ("calibration", "training")),
     ):
         for other in others:
             records[own].refuse_overlap(records[other], own_role=own, other_role=other)
-    check_fitness(request.fitness, TimmImages(at_most(selection, SEARCH_IMAGES), preprocessing), model.module)
+    check_fitness(request.fitness, TimmImages(at_most(selection.text, SEARCH_IMAGES), preprocessing), model.module)
     check_training(model, request.training(request.settings.epochs))
     if request.finetune_epochs:
         request.training(request.finetune_epochs)
+
+
+def _names_of_chosen_by(selection: str, preprocessing: Preprocessing) -> dict[str, str]:
+    """The images that filtering and the search take of the selection images: names by digest."""
+    names: dict[str, str] = {}
+    for limit in (FILTER_IMAGES, SEARCH_IMAGES):
+        images = TimmImages(at_most(selection, limit), preprocessing)
+        names |= names_by_digest(images, images.record())
+    return names

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from flora.artifact import check_replaceable, new_folder
 from flora.errors import InputError
 from flora.lowrank.checkpoint import (
     LoadedModel,
+    content_digest,
     is_supernet_folder,
     load_model_folder,
     load_reference,
@@ -36,9 +37,13 @@ from flora.lowrank.checkpoint import (
     save_model,
 )
 from flora.lowrank.targets import trace_cost
+from flora.lowrank.weights import weights_digest
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
-from flora.pipeline.images import certified_record, check_classes, open_images
+from flora.pipeline.images import certified_record, check_classes, identity, open_images
+from flora.pipeline.job import OnStart
 from flora.provenance import device_facts, now, versions
+from flora.resume import SETTINGS, Job
+from flora.training.data import TimmImages
 
 MODEL_FOLDER = "model"
 GOLDEN_IMAGES = 8
@@ -112,12 +117,53 @@ def load_exportable(path: Path, ranks: Path | None = None) -> LoadedModel:
     return compact_from_supernet(supernet, chosen_ranks(supernet, file=ranks))
 
 
+def export_job(
+    source: LoadedModel, request: ExportRequest, out: Path, *, on_start: OnStart, on_step: Callable[[str], None]
+) -> None:
+    """Write the bundle `out` of a model folder; nothing is done where it is there by the same settings."""
+    assert source.folder is not None
+    dense = load_reference(source.config, request.reference)
+    images = TimmImages(request.eval_data, source.config.preprocessing)
+    options = {name: value for name, value in asdict(request).items() if name not in _NO_SETTINGS}
+    job = Job(
+        settings={
+            "model": content_digest(source.folder),
+            "reference": weights_digest(dense.module) if dense else None,
+            "evaluation": identity(images, images.record()),
+            **options,
+        }
+    )
+    done = _is_there(job, out)
+    on_start(done)
+    if not done:
+        export_bundle(source, request, out, job=job, on_step=on_step)
+
+
+# Fields of a request that say where something lies, or how it was asked for.
+_NO_SETTINGS = ("eval_data", "reference", "command")
+
+
+def _is_there(job: Job, out: Path) -> bool:
+    """Whether `out` is the bundle of this job; a damaged one is made anew."""
+    try:
+        load_bundle(out)
+        return job.is_in(out)
+    except InputError:
+        return False
+
+
 def export_bundle(
-    source: LoadedModel, request: ExportRequest, out: Path, *, on_step: Callable[[str], None] = lambda step: None
+    source: LoadedModel,
+    request: ExportRequest,
+    out: Path,
+    *,
+    job: Job | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Write the bundle folder `out` and return it; a failed gate is recorded in the manifest, not raised.
 
-    What can be refused is refused before anything is built: missing backends, images, references.
+    What can be refused is refused before anything is built: missing backends, images, references. The settings of the
+    `job` that asks for the bundle lie in it.
     """
     check_replaceable(out, marker=MANIFEST)
     specs = request.engine_specs()
@@ -142,6 +188,8 @@ def export_bundle(
             on_step(f"building the {spec.backend} engine")
             engine_from_onnx(folder / compact.path, folder / _engine_path(spec), spec)
         report, latency = _prove(exported, folder, images, request, on_step)
+        if job is not None:
+            job.save(folder / SETTINGS)
         files = hash_files(folder)
         entries = [_onnx_entry(one, folder, files, report) for one in exported]
         entries += [_engine_entry(spec, folder, files, entries[-1]) for spec in specs]

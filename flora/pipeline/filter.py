@@ -80,7 +80,7 @@ def filter_space(
     for index in range(len(space.blocks)):
         space.block_candidates(index)
     processes(request.device)
-    training = None
+    trained_on = training = None
     preprocessing, seen = supernet.config.preprocessing, dict(supernet.config.image_sets)
     source_images = TimmImages(request.select_data, preprocessing, workers=request.workers)
     record = source_images.record()
@@ -97,10 +97,10 @@ def filter_space(
     job = Job(
         settings={
             "source": content_digest(source),
-            "selection": identity(record),
+            "selection": identity(source_images, record),
             "share": request.share,
             "scorer": request.scorer,
-            "data": identity(training) if training else None,
+            "data": identity(trained_on, training) if trained_on and training else None,
             "training": request.settings.model_dump() if request.settings else None,
         }
     )

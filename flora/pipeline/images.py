@@ -1,12 +1,17 @@
 """Opening the images that a step judges by: without torch where they are files, through timm otherwise."""
 
+import hashlib
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.images import ImageSet, LabelledImages
-from flora.errors import InputError
+from flora.errors import InputError, few
 from flora.imagesets import ImageSetRecord, ImageSetSpec
 from flora.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from flora.training.data import TimmImages
 
 # Above this many images, their digests are not recorded: an overlap with them is not looked for.
 MOST_DIGESTS = 100_000
@@ -40,9 +45,31 @@ def training_record(text: str, images: ImageSet) -> ImageSetRecord:
     return images.record()
 
 
-def identity(record: ImageSetRecord) -> str:
-    """What tells image sets apart in the settings of a job: the digest, or where there is none what is known."""
-    return record.digest or f"{record.images} of {record.spec}"
+def identity(images: "TimmImages", record: ImageSetRecord) -> str:
+    """What tells image sets apart in the settings of a job: images in order and their labels, wherever they lie.
+
+    Images without digests in `record` go by their names; of a streamed set only its text is known.
+    """
+    contents = record.image_digests or images.names()
+    if contents is None:
+        return f"{record.images} of {record.spec}"
+    pairs = list(zip(contents, images.labels().tolist(), strict=True))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def names_by_digest(images: "TimmImages", record: ImageSetRecord) -> dict[str, str]:
+    """What each image is called within its set, by its digest; nothing where `record` has no digests."""
+    return dict(zip(record.image_digests, images.names() or (), strict=True)) if record.image_digests else {}
+
+
+def refuse_duplicates(text: str, held_out: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Refuse the images `text`, which flora divided itself, where one lies in both parts (names by digest)."""
+    twins = [f"{held_out[digest]} is {others[digest]}" for digest in held_out if digest in others]
+    if twins:
+        raise InputError(
+            f"{text} holds {len(twins)} images twice, once among those that are held out to choose by "
+            f"({few(twins, 3)}). Remove the duplicates, or give other images to choose by with --select-data."
+        )
 
 
 def certified_record(images: ImageSet, seen: Mapping[Any, ImageSetRecord]) -> ImageSetRecord:

@@ -11,14 +11,19 @@ from flora.training.processes import is_main, wait
 OnStart = Callable[[bool], None]
 
 
+def finished(job: Job, out: Path, *, restart: bool) -> bool:
+    """Whether `out` is what the job would write."""
+    # Where a work folder has these settings too, the output is being made again, or the end was all but reached.
+    return not restart and job.is_in(out) and not job.is_in(WorkFolder.of(out).path)
+
+
 def begin(job: Job, out: Path, *, restart: bool, on_start: OnStart) -> WorkFolder | None:
     """The work folder of the job that writes `out`; None where `out` is what it would write.
 
     Every process refuses the same, for all look before one writes.
     """
     work = WorkFolder.of(out)
-    # Where a work folder has these settings too, the output is being made again, or the end was all but reached.
-    done = not restart and job.is_in(out) and not job.is_in(work.path)
+    done = finished(job, out, restart=restart)
     if not done:
         work.check(job, restart=restart)
     on_start(done)

@@ -159,7 +159,7 @@ def search(
     job = Job(
         settings={
             "source": content_digest(source),
-            "selection": identity(record),
+            "selection": identity(source_images, record),
             "fitness": request.fitness,
             "budgets": request.budgets,
             **asdict(request.settings),

@@ -65,7 +65,7 @@ def measure_sensitivity(
     for role in ("calibration", "training"):
         if role in config.image_sets:
             record.refuse_overlap(config.image_sets[role], own_role="selection", other_role=role)
-    job = Job(settings={"source": content_digest(source), "selection": identity(record)})
+    job = Job(settings={"source": content_digest(source), "selection": identity(images, record)})
     work = begin(job, out, restart=False, on_start=on_start)
     if work is None:
         return SensitivityReport.load(out / SENSITIVITY)

@@ -34,14 +34,14 @@ from flora.lowrank.supernet import active_ranks
 from flora.lowrank.weights import read_weights, weights_digest
 from flora.pipeline.filter import FilterReport
 from flora.pipeline.images import MOST_DIGESTS, identity, training_record
-from flora.pipeline.job import OnStart, begin
+from flora.pipeline.job import OnStart, begin, finished
 from flora.preprocessing import Preprocessing
 from flora.ranks.config import RankConfig
 from flora.resume import SETTINGS, Job, WorkFolder
 from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
 from flora.training.evaluate import check_labels, evaluate
-from flora.training.processes import accelerator, is_main, spread, wait
+from flora.training.processes import accelerator, is_main, processes, spread, wait
 from flora.training.settings import TrainingSettings
 from flora.training.teacher import TeacherCache, TeacherFacts
 from flora.training.train import Teacher, Trainer
@@ -91,6 +91,7 @@ def train(
     check_replaceable(out, marker=SUPERNET_CONFIG if is_supernet else MODEL_CONFIG)
     if Path(out).absolute() == Path(source).absolute():
         raise InputError(f"{out} is what is trained; give another folder with --out.")
+    processes(request.device)
     loaded: LoadedSupernet | LoadedModel = load_supernet(source) if is_supernet else load_model_folder(source)
     preprocessing = loaded.config.preprocessing
     images = TimmImages(request.data, preprocessing, workers=request.workers)
@@ -103,18 +104,19 @@ def train(
     job = Job(
         settings={
             "source": content_digest(source),
-            "data": request.data,
-            "images": identity(record),
+            "images": identity(images, record),
             "teacher": weights_digest(teacher.module) if teacher else None,
             "top_k": request.top_k if request.teacher_cache else None,
-            "selection": identity(chosen_by) if chosen_by else None,
+            "selection": identity(selection, chosen_by) if selection and chosen_by else None,
             **request.settings.model_dump(),
         }
     )
     # What the trainer refuses must not leave a work folder, for the next command has other settings.
-    trainer = _trainer(loaded, teacher, images, request, WorkFolder.of(out).file(STATE))
+    trainer = None
+    if not finished(job, out, restart=request.restart):
+        trainer = _trainer(loaded, teacher, images, request, WorkFolder.of(out).file(STATE))
     work = begin(job, out, restart=request.restart, on_start=on_start)
-    if work is None:
+    if work is None or trainer is None:
         return _written(out)
     board = _board(request.tensorboard)
     steps = trainer.steps_per_epoch * request.settings.epochs

@@ -19,8 +19,8 @@ from flora.lowrank.checkpoint import LoadedModel, load_model_folder, load_supern
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job
-from flora.pipeline.export import ExportRequest, export_bundle
-from flora.pipeline.images import check_classes, open_images
+from flora.pipeline.export import ExportRequest, export_job
+from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
@@ -63,9 +63,13 @@ def compress_training_free(
     out: Path,
     request: TrainingFreeRequest,
     *,
+    on_start: OnStart = lambda done: None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
-    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished."""
+    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished.
+
+    `on_start` is told whether the bundle is there already, when the steps before it are done.
+    """
     check_replaceable(out, marker=MANIFEST)
     calibration, selection = request.image_sets
     processes(request.device)
@@ -101,7 +105,7 @@ def compress_training_free(
     ranks = allocated_ranks(load_supernet(supernet), report, request.budget)
     materialize_job(supernet, ranks, compact, on_start=begins("materializing"))
     if is_main():
-        export_bundle(load_model_folder(compact), request.export, out, on_step=on_step)
+        export_job(load_model_folder(compact), request.export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
 
@@ -116,7 +120,12 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> None:
     request.export.engine_specs()
     evaluation = open_images(request.export.eval_data, preprocessing)
     check_classes(evaluation, cast(int, model.module.num_classes))
-    calibration, selection = (TimmImages(text, preprocessing).record() for text in request.image_sets)
+    parts = [TimmImages(text, preprocessing) for text in request.image_sets]
+    calibration, selection = (images.record() for images in parts)
+    if request.select_data is None:
+        refuse_duplicates(
+            request.calib_data, names_by_digest(parts[1], selection), names_by_digest(parts[0], calibration)
+        )
     selection.refuse_overlap(calibration, own_role="selection", other_role="calibration")
     for role, seen in (("calibration", calibration), ("selection", selection)):
         evaluation.record().refuse_overlap(seen, own_role="evaluation", other_role=role)

@@ -1,6 +1,7 @@
 """Images from any dataset that timm's factory reads, with the model's own evaluation transform."""
 
 import io
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -53,6 +55,12 @@ class TimmImages:
             return None
         return [image_digest(_content(self._source, i)) for i in self._indices]
 
+    def names(self) -> list[str] | None:
+        """What every image is called within the set, else its place; no file is read for it. None when streamed."""
+        if self._indices is None:
+            return None
+        return [_name(self._source, i) for i in self._indices]
+
     def labels(self) -> Tensor:
         """The label of every image [N] (-1 where there is none); files are not decoded for it."""
         dataset = self.dataset(eval_transform(self.preprocessing))
@@ -94,7 +102,14 @@ class _Decoded(Dataset):
         self.labelled = not classes or not set(classes) <= {"", "."}
 
     def label(self, index: int) -> int:
-        label = self.source.reader[index][1] if hasattr(self.source, "reader") else self.source[index][1]
+        """The label of one image, out of the list of labels where there is one."""
+        reader = getattr(self.source, "reader", self.source)
+        if isinstance(reader, ReaderImageFolder):
+            label = reader.samples[index][1]
+        elif isinstance(targets := getattr(reader, "targets", None), (list, np.ndarray)):
+            label = targets[index]
+        else:
+            label = reader[index][1]
         return label if self.labelled and label is not None else -1
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -134,6 +149,14 @@ def _torchvision_names() -> list[str]:
     from timm.data.dataset_factory import _TORCH_BASIC_DS
 
     return list(_TORCH_BASIC_DS)
+
+
+def _name(source: Any, index: int) -> str:
+    if hasattr(source, "reader"):
+        return str(source.filename(index))
+    if hasattr(source, "imgs"):
+        return os.path.relpath(source.imgs[index][0], source.root)
+    return str(index)
 
 
 def _content(source: Any, index: int) -> bytes:

@@ -181,6 +181,16 @@ def test_the_content_of_a_supernet_is_the_same_whenever_and_from_wherever_it_was
     assert content_digest(first.folder) == content_digest(second.folder) != content_digest(other.folder)
 
 
+def test_the_content_of_a_supernet_does_not_depend_on_where_its_images_lie(image_folder: Path, tmp_path: Path):
+    moved = shutil.copytree(image_folder, tmp_path / "moved")
+    first, second, other = (
+        build(_loaded(), tmp_path / name, data=data)
+        for name, data in (("first", str(image_folder)), ("second", str(moved)), ("other", f"{moved},limit=19"))
+    )
+    assert first.config.image_sets != second.config.image_sets
+    assert content_digest(first.folder) == content_digest(second.folder) != content_digest(other.folder)
+
+
 def test_a_damaged_supernet_is_refused_by_its_file(tmp_path: Path):
     folder = build(_loaded(), tmp_path / "supernet", method="svd").folder
     weights = folder / SUPERNET_WEIGHTS

@@ -11,10 +11,12 @@ import pytest
 import timm
 import torch
 
+from export.bundle import check_hashes, load_bundle
 from flora.artifact import sha256_of_file
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import (
+    DENSE_WEIGHTS,
     MODEL_WEIGHTS,
     SUPERNET_WEIGHTS,
     ModelConfig,
@@ -46,7 +48,7 @@ def request(worked: WorkedExample, **changes) -> CompressRequest:
         "select_data": f"{worked.selection},limit=40",
         "calib_data": worked.calibration,
         "budget": BUDGET,
-        "export": ExportRequest(eval_data=f"{worked.images},limit=20", repeats=1, threads=1, max_drop=100),
+        "export": exported(worked),
         "settings": TrainingSettings(epochs=2, batch_size=24, learning_rate=1e-4),
         "finetune_epochs": 1,
         "layers": ("qkv", "fc1", "fc2"),
@@ -54,6 +56,11 @@ def request(worked: WorkedExample, **changes) -> CompressRequest:
         "search": SearchSettings.of_size(6, 1),
     }
     return CompressRequest(**defaults | changes)
+
+
+def exported(worked: WorkedExample, **changes) -> ExportRequest:
+    defaults = {"eval_data": f"{worked.images},limit=20", "repeats": 1, "threads": 1, "max_drop": 100}
+    return ExportRequest(**defaults | changes)
 
 
 def quick(**changes) -> TrainingSettings:
@@ -147,9 +154,28 @@ def test_interrupted_in_the_middle_of_training_and_resumed_equals_uninterrupted(
 
 
 def test_a_second_call_does_no_step_again(worked, whole):
-    before = files(whole.work)
-    assert run(worked, whole.out, request(worked), stop_at=EXPORT) == [EXPORT]
-    assert files(whole.work) == before
+    before = files(whole.work), files(whole.out)
+    started: list[bool] = []
+    again = compress(load_model(str(worked.dense)), whole.out, request(worked), on_start=started.append)
+    assert (started, files(whole.work), files(whole.out)) == ([True], *before)
+    assert again == load_bundle(whole.out)
+    assert check_hashes(again) == []
+
+
+def test_moved_with_its_steps_nothing_is_done_again_and_the_dense_model_is_found(worked, whole, tmp_path):
+    for path in (whole.out, whole.work):
+        shutil.copytree(path, tmp_path / "there" / path.name)
+    moved = (tmp_path / "there").rename(tmp_path / "here") / "bundle"
+    work = moved.with_name("bundle.work")
+    before = files(work)
+    assert run(worked, moved, request(worked)) == []
+    assert run(worked, moved, request(worked, export=exported(worked, repeats=2)))[0] == EXPORT
+    assert {name for name, file in files(work).items() if before[name] != file} == {
+        f"compact-macs-60pct/{path.name}" for path in (work / "compact-macs-60pct").iterdir()
+    }
+    reference = load_model_folder(moved / "model").config.reference
+    assert reference.path == str(work / "trained" / DENSE_WEIGHTS)
+    assert sha256_of_file(Path(reference.path)) == reference.sha256
 
 
 def test_another_budget_searches_the_supernet_that_is_there(worked, whole):
@@ -199,13 +225,13 @@ def test_what_a_late_setting_does_not_touch_stays(worked, whole):
     steps = run(worked, whole.out, request(worked, search=SearchSettings.of_size(6, 2)), stop_at="materializing")
     assert steps == ["searching", "materializing"]
     assert {name: files(whole.work)[name] for name in kept} == kept
-    assert run(worked, whole.out, request(worked), stop_at=EXPORT)[0] == "searching"
+    assert run(worked, whole.out, request(worked)) == ["searching"]
 
 
 def test_a_setting_that_is_taken_back_costs_what_was_done_with_it_and_no_more(worked, whole):
     """The supernet is made again, and it is the one that the later steps came from."""
     assert run(worked, whole.out, request(worked, space="eighths"), stop_at="filtering")[0] == "factorizing"
-    assert run(worked, whole.out, request(worked), stop_at=EXPORT) == ["factorizing", EXPORT]
+    assert run(worked, whole.out, request(worked)) == ["factorizing"]
 
 
 def test_other_weights_behind_the_name_of_the_model_are_compressed_anew(worked, tmp_path):
@@ -276,7 +302,11 @@ def stopped(worked, tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"settings": LONGER}, r"other settings \(epochs: 2, now 3\)"), ({"share": 0.5}, "filtering candidates anew")],
+    [
+        ({"settings": LONGER}, r"other settings \(epochs: 2, now 3\)"),
+        ({"share": 0.5}, "filtering candidates anew"),
+        ({"layers": ("fc1", "fc2")}, "factorizing anew"),
+    ],
 )
 def test_an_unfinished_step_is_not_thrown_away_by_other_settings(worked, stopped, change, says):
     work = stopped.with_name("bundle.work")
@@ -296,7 +326,7 @@ def test_restart_throws_the_unfinished_step_away_and_nothing_else(worked, stoppe
 
 def test_restart_does_nothing_finished_again(worked, whole):
     before = files(whole.work)
-    assert run(worked, whole.out, request(worked, restart=True), stop_at=EXPORT) == [EXPORT]
+    assert run(worked, whole.out, request(worked, restart=True)) == []
     assert files(whole.work) == before
 
 
@@ -342,6 +372,18 @@ def test_a_part_of_a_set_is_not_divided_again(worked, part):
         _ = request(worked, data=f"{FASHION / 'calibration.tar'},{part}", select_data=None).image_sets
 
 
+def test_a_file_that_is_there_twice_is_named_where_flora_divides_the_images(worked, image_folder, tmp_path):
+    """The first image is held out, its copy is not."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copy(images / "0" / "0.png", images / "7" / "copy.png")
+    settings = TrainingSettings(epochs=1, batch_size=8)
+    asked = request(worked, data=str(images), select_data=None, calib_data=None, settings=settings)
+    with pytest.raises(InputError, match=r"holds 1 images twice.*\(0/0\.png is 7/copy\.png\).*--select-data"):
+        run(worked, tmp_path / "out", asked)
+    (images / "7" / "copy.png").unlink()
+    assert run(worked, tmp_path / "out", asked, stop_at=STEPS[0]) == [STEPS[0]]
+
+
 # What is refused before anything is spent
 
 
@@ -369,6 +411,23 @@ def test_filter_and_search_get_a_part_of_many_selection_images(worked, tmp_path,
         filtered = load_supernet(work / "filtered").config.image_sets["selection"]
         searched = RankConfig.load(work / "search-macs-60pct" / "ranks.json").selection
         assert (filtered.images, searched.images) == expected
+
+
+@pytest.mark.parametrize(("place", "seen"), [(6, "by filter"), (5, "by search"), (1, "by neither")])
+def test_of_the_selection_images_those_that_are_used_are_checked(
+    worked, image_folder, tmp_path, monkeypatch, place, seen
+):
+    """Of twenty images filter takes the places 0, 6, 13, and search 0, 2, 5, 8, 11, 14, 17."""
+    monkeypatch.setattr("flora.pipeline.compress.FILTER_IMAGES", 3)
+    monkeypatch.setattr("flora.pipeline.compress.SEARCH_IMAGES", 7)
+    (tmp_path / "calibration").mkdir()
+    shutil.copy(image_folder / TimmImages(str(image_folder), GREY).names()[place], tmp_path / "calibration")
+    asked = request(worked, select_data=str(image_folder), calib_data=str(tmp_path / "calibration"))
+    if seen == "by neither":
+        assert run(worked, tmp_path / "out", asked, stop_at=STEPS[0]) == [STEPS[0]]
+        return
+    with pytest.raises(InputError, match=r"1 images of the selection set .* also in the calibration set"):
+        run(worked, tmp_path / "out", asked)
 
 
 REFUSED = {

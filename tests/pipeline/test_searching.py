@@ -74,6 +74,17 @@ def interrupt(state: SearchState) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_stopped_search_does_not_go_on_with_its_images_in_another_order(worked, image_folder, tmp_path):
+    """Its scores are kept by image."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    asked = request(worked, select_data=str(images))
+    with pytest.raises(KeyboardInterrupt):
+        search(worked.trained, tmp_path / "found", asked, on_generation=interrupt)
+    (images / "3" / "13.png").rename(images / "3" / "2.png")
+    with pytest.raises(InputError, match=r"other settings \(selection.*--restart"):
+        search(worked.trained, tmp_path / "found", asked)
+
+
 # What is written
 
 

@@ -1,5 +1,6 @@
 """A supernet trains, a model folder is fine-tuned, by one function: what it records, resumes, keeps and refuses."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -140,6 +141,14 @@ def test_a_finished_training_is_not_done_again(worked, whole):
     assert again.config == load_supernet(whole).config
 
 
+def test_a_finished_training_prepares_nothing(worked, image_folder, tmp_path):
+    """Not even the answers of its teacher, whose folder is no setting."""
+    asked = request(worked, data=str(image_folder), settings=settings(epochs=1))
+    for name in ("first", "second"):
+        train(worked.compact, tmp_path / "out", dataclasses.replace(asked, teacher_cache=tmp_path / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out"]
+
+
 @pytest.mark.parametrize("change", [{"settings": settings()}, {"teacher": "none"}, {"restart": True}])
 def test_a_finished_training_is_done_again_with_other_settings_or_when_told_to(worked, whole, tmp_path, change):
     out = shutil.copytree(whole, tmp_path / "out")
@@ -188,6 +197,42 @@ def test_the_settings_of_the_source_are_not_those_of_what_was_trained(worked, wh
     settings_of = [Job.load(folder / SETTINGS).settings for folder in (worked.filtered, whole)]
     assert ["share" in values for values in settings_of] == [True, False]
     assert ["epochs" in values for values in settings_of] == [False, True]
+
+
+def relabel(images: Path) -> None:
+    """Move one image to the next class, so that it stays where it is in the order of all."""
+    (images / "3" / "13.png").rename(images / "4" / "0.png")
+
+
+def swap(images: Path) -> None:
+    """Two images of one class change their places in the order of all."""
+    (images / "3" / "13.png").rename(images / "3" / "2.png")
+
+
+@pytest.mark.parametrize("most", [100, 3], ids=["digests", "too many images for digests"])
+@pytest.mark.parametrize("repair", [relabel, swap])
+def test_other_labels_or_another_order_of_the_same_images_are_trained_anew(
+    worked, image_folder, tmp_path, monkeypatch, repair, most
+):
+    monkeypatch.setattr("flora.pipeline.images.MOST_DIGESTS", most)
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    asked = request(worked, data=str(images), settings=settings(epochs=1))
+    train(worked.compact, tmp_path / "out", asked)
+    train(worked.compact, tmp_path / "out", asked, on_step=interrupt)
+    repair(images)
+    with pytest.raises(KeyboardInterrupt):
+        train(worked.compact, tmp_path / "out", asked, on_step=interrupt)
+
+
+@pytest.mark.parametrize("most", [100, 3], ids=["digests", "too many images for digests"])
+def test_images_that_have_moved_are_the_same_images(worked, image_folder, tmp_path, monkeypatch, most):
+    monkeypatch.setattr("flora.pipeline.images.MOST_DIGESTS", most)
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    train(worked.compact, tmp_path / "out", request(worked, data=str(images), settings=settings(epochs=1)))
+    moved = images.rename(tmp_path / "elsewhere")
+    for text in (str(moved), f"{moved}/"):
+        asked = request(worked, data=text, settings=settings(epochs=1))
+        train(worked.compact, tmp_path / "out", asked, on_step=interrupt)
 
 
 DIFFERENT = {

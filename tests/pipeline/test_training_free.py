@@ -1,11 +1,13 @@
 """Compressing without training: within the budget, better than uniform ranks, resumable, its steps kept."""
 
 import dataclasses
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from export.bundle import MANIFEST
 from flora.artifact import sha256_of_file
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
@@ -23,6 +25,7 @@ from flora.pipeline.sensitivity import (
 )
 from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
 from flora.ranks.config import RankConfig
+from flora.resume import SETTINGS
 from flora.training.data import TimmImages
 from flora.training.selection import SelectionImages, log_probabilities
 from tests.flora_command import leftovers
@@ -39,11 +42,16 @@ def request(worked: WorkedExample, **changes) -> TrainingFreeRequest:
         "calib_data": worked.calibration,
         "select_data": f"{worked.selection},limit=40",
         "budget": BUDGET,
-        "export": ExportRequest(eval_data=f"{worked.images},limit=20", repeats=1, threads=1, max_drop=100),
+        "export": exported(worked),
         "layers": ("qkv", "proj", "fc1", "fc2"),
         "space": "multiples=2",
     }
     return TrainingFreeRequest(**defaults | changes)
+
+
+def exported(worked: WorkedExample, **changes) -> ExportRequest:
+    defaults = {"eval_data": f"{worked.images},limit=20", "repeats": 1, "threads": 1, "max_drop": 100}
+    return ExportRequest(**defaults | changes)
 
 
 def run(worked: WorkedExample, out: Path, asked: TrainingFreeRequest, *, stop_at: str | None = None) -> list[str]:
@@ -139,10 +147,40 @@ def test_interrupted_at_every_step_and_resumed_equals_uninterrupted(worked, whol
     assert sha256_of_file(work / compact) == sha256_of_file(whole.work / compact)
 
 
-def test_the_same_command_again_only_exports(worked, whole):
+def test_the_same_command_again_does_nothing(worked, whole):
+    before = files(whole.work), files(whole.out)
+    assert run(worked, whole.out, request(worked)) == []
+    assert (files(whole.work), files(whole.out)) == before
+
+
+@pytest.mark.parametrize("change", [{"max_drop": 50}, {"repeats": 2}, {"batches": (1, 4, 64)}, {"opset": 18}])
+def test_another_option_of_the_export_exports_again_and_does_nothing_else(worked, whole, change):
     before = files(whole.work)
-    assert run(worked, whole.out, request(worked), stop_at=EXPORT) == [EXPORT]
+    asked = request(worked, export=exported(worked, **change))
+    assert run(worked, whole.out, asked, stop_at=EXPORT) == [EXPORT]
     assert files(whole.work) == before
+
+
+def test_another_command_line_for_the_same_bundle_does_nothing(worked, whole):
+    assert run(worked, whole.out, request(worked, export=exported(worked, command=("flora", "compress")))) == []
+
+
+def test_evaluation_images_under_other_labels_are_measured_again(worked, whole, image_folder, tmp_path):
+    shutil.copytree(whole.work, tmp_path / "bundle.work")
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    asked = request(worked, export=exported(worked, eval_data=str(images)))
+    assert EXPORT in run(worked, tmp_path / "bundle", asked)
+    assert run(worked, tmp_path / "bundle", asked) == []
+    (images / "3" / "13.png").rename(images / "4" / "0.png")
+    assert EXPORT in run(worked, tmp_path / "bundle", asked, stop_at=EXPORT)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, SETTINGS])
+def test_a_damaged_bundle_is_exported_again(worked, whole, tmp_path, name):
+    shutil.copytree(whole.work, tmp_path / "bundle.work")
+    out = shutil.copytree(whole.out, tmp_path / "bundle")
+    (out / name).write_text("{")
+    assert EXPORT in run(worked, out, request(worked), stop_at=EXPORT)
 
 
 def test_another_budget_probes_nothing(worked, whole):
@@ -175,6 +213,14 @@ def test_every_fourth_calibration_image_is_held_out_to_choose_by(worked):
     parts = [TimmImages(text, GREY).record() for text in (calibration, selection)]
     assert not set(parts[0].image_digests) & set(parts[1].image_digests)
     assert ImageSetSpec.parse(selection).fold == ImageSetSpec.parse(calibration).left_out == (1, 4)
+
+
+def test_a_file_that_is_there_twice_is_named_where_flora_divides_the_images(worked, image_folder, tmp_path):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copy(images / "0" / "0.png", images / "8" / "copy.png")
+    asked = request(worked, calib_data=str(images), select_data=None)
+    with pytest.raises(InputError, match=r"holds 1 images twice.*\(0/0\.png is 8/copy\.png\).*--select-data"):
+        run(worked, tmp_path / "bundle", asked)
 
 
 REFUSED = {

@@ -1,6 +1,7 @@
 """Any image set gives timm's own evaluation transform of its images, with their labels, and bad sets are refused."""
 
 import io
+import shutil
 import struct
 import tarfile
 from pathlib import Path
@@ -150,6 +151,25 @@ def test_a_folder_and_its_tar_have_the_same_digest(image_folder: Path, image_tar
 def test_a_limited_record_holds_the_images_taken(image_folder: Path):
     whole = TimmImages(str(image_folder), GREY).record().image_digests
     assert TimmImages(f"{image_folder},limit=5", GREY).record().image_digests == whole[::4]
+
+
+def test_labels_and_names_are_those_of_the_images_without_a_file_being_opened(
+    image_folder: Path, image_tar: Path, fashion_root: Path, tmp_path: Path
+):
+    fashion = TimmImages(f"torch/fashion_mnist,root={fashion_root},limit=4", GREY)
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    sets = [
+        TimmImages(text, GREY) for text in (f"{folder}/,limit=5", str(image_tar), f"torch/image_folder,root={folder}")
+    ]
+    labels = [_all(images)[1] for images in (fashion, *sets)]
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    for images, expected in zip((fashion, *sets), labels, strict=True):
+        assert torch.equal(images.labels(), expected)
+    assert [images.names() for images in sets[:1]] == [["0/0.png", "2/2.png", "4/4.png", "6/6.png", "8/8.png"]]
+    assert sets[1].names() == [f"{i % 10}/{i}.png" for j in range(10) for i in (j, j + 10)]
+    assert sorted(sets[2].names()) == sorted(sets[1].names())
+    assert fashion.names() == ["0", "2", "5", "7"]
 
 
 def test_the_splits_of_a_torchvision_set_share_no_image(fashion_root: Path):
