@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -42,6 +43,7 @@ from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
 from flora.training.evaluate import check_labels, evaluate
 from flora.training.processes import accelerator, is_main, spread, wait
+from flora.training.selection import check_labelled
 from flora.training.settings import TrainingSettings
 from flora.training.teacher import TeacherCache, TeacherFacts
 from flora.training.train import Teacher, Trainer
@@ -95,10 +97,15 @@ def train(
     preprocessing = loaded.config.preprocessing
     images = TimmImages(request.data, preprocessing, workers=request.workers)
     record = training_record(request.data, images)
-    selection = TimmImages(request.select_data, preprocessing) if request.select_data else None
+    selection = None
+    if request.select_data:
+        selection = TimmImages(request.select_data, preprocessing, workers=request.workers)
     chosen_by = selection.record() if selection else None
     if chosen_by is not None:
         record.refuse_overlap(chosen_by, own_role="training", other_role="selection")
+    if selection is not None and not selection.is_streamed:
+        why = "by which the model is judged after each epoch; make one folder for each class"
+        check_labelled(selection, loaded.module, why)
     teacher = _load_teacher(loaded, request)
     job = Job(
         settings={
@@ -125,14 +132,15 @@ def train(
             board.add_scalar("train/loss", loss, step)
             board.add_scalar("train/learning_rate", trainer.optimizer.param_groups[0]["lr"], step)
 
-    def note_epoch(module: nn.Module) -> dict[str, Any]:
-        figures = _accuracies(loaded, module, selection) if selection is not None else {}
+    def judge(module: nn.Module, images: TimmImages) -> dict[str, Any]:
+        figures = _accuracies(loaded, module, images)
         if board:
             for name, value in figures.items():
                 board.add_scalar(f"selection/{name}", value, trainer.progress.step)
         return figures
 
-    module = trainer.run(on_step=note_step, at_epoch_end=note_epoch, on_epoch=on_epoch).cpu()
+    at_epoch_end = partial(judge, images=selection) if selection is not None else None
+    module = trainer.run(on_step=note_step, at_epoch_end=at_epoch_end, on_epoch=on_epoch).cpu()
     if board:
         board.close()
     trained = TrainingRecord(

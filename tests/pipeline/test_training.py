@@ -417,6 +417,21 @@ def test_training_on_the_images_to_choose_by_is_refused(worked, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("flat", "has no labels, by which the model is judged"), ("classes", "a label 10, the model has 10 classes")],
+)
+def test_images_that_no_epoch_can_be_judged_by_are_refused_at_once(worked, image_folder, tmp_path, kind, says):
+    images = tmp_path / "images"
+    for number, path in enumerate(sorted(image_folder.rglob("*.png"))[:11]):
+        copy = images / ("" if kind == "flat" else f"{number:02}") / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    with pytest.raises(InputError, match=says):
+        train(worked.filtered, tmp_path / "out", request(worked, select_data=str(images)))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 @pytest.mark.parametrize("kind", ["filtered", "compact"])
 def test_nothing_is_trained_in_place(worked, tmp_path, kind):
     folder = shutil.copytree(getattr(worked, kind), tmp_path / "model")

@@ -250,6 +250,31 @@ def test_the_history_holds_each_epochs_mean_loss_and_the_figures_given(bench: Be
         assert line == {"epoch": epoch + 1, "loss": pytest.approx(mean, abs=1e-5), "top1": 10.0 * (epoch + 1)}
 
 
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_judgement_that_fails_costs_no_epoch(bench: Bench, epoch: int):
+    judged: list[int] = []
+
+    def judge(module: nn.Module) -> dict:
+        judged.append(len(judged) + 1)
+        return {"weights": weights(module).sum().item()}
+
+    def fail(module: nn.Module) -> dict:
+        if len(judged) == epoch - 1:
+            raise StoppedError
+        return judge(module)
+
+    whole = bench.trainer(state="whole.pt", ema_decay=0.5)
+    expected = weights(whole.run(at_epoch_end=judge))
+    judged.clear()
+    with pytest.raises(StoppedError):
+        bench.trainer(ema_decay=0.5).run(at_epoch_end=fail)
+    resumed, steps = bench.trainer(ema_decay=0.5), []
+    trained = resumed.run(at_epoch_end=judge, on_step=lambda step, loss: steps.append(step))
+    assert steps == list(range(epoch * STEPS_PER_EPOCH + 1, 16))
+    assert torch.equal(weights(trained), expected)
+    assert resumed.progress == whole.progress
+
+
 def test_each_epoch_is_told_once_with_its_line_of_the_history_and_its_seconds(bench: Bench):
     told: list[dict] = []
     with pytest.raises(StoppedError):
