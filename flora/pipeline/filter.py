@@ -31,7 +31,7 @@ from flora.training.data import TimmImages
 from flora.training.filtering import BlockScores, score_block
 from flora.training.processes import is_main, processes, spread, wait
 from flora.training.selection import SelectionImages, log_probabilities
-from flora.training.settings import TrainingSettings
+from flora.training.settings import MAY_CHANGE, TrainingSettings
 from flora.training.train import Trainer
 
 Scorer = Literal["training-free", "local"]
@@ -102,7 +102,8 @@ def filter_space(
             "scorer": request.scorer,
             "data": identity(training) if training else None,
             **(request.settings.model_dump() if request.settings else {}),
-        }
+        },
+        may_change=MAY_CHANGE,
     )
     work = begin(job, out, restart=request.restart, on_start=on_start)
     if work is None:

@@ -44,7 +44,7 @@ from flora.training.data import TimmImages
 from flora.training.evaluate import check_labels, evaluate
 from flora.training.processes import accelerator, is_main, spread, wait
 from flora.training.selection import check_labelled
-from flora.training.settings import TrainingSettings
+from flora.training.settings import MAY_CHANGE, TrainingSettings
 from flora.training.teacher import TeacherCache, TeacherFacts
 from flora.training.train import Teacher, Trainer
 
@@ -116,7 +116,8 @@ def train(
             "top_k": request.top_k if request.teacher_cache else None,
             "selection": identity(chosen_by) if chosen_by else None,
             **request.settings.model_dump(),
-        }
+        },
+        may_change=MAY_CHANGE,
     )
     # What the trainer refuses must not leave a work folder, for the next command has other settings.
     trainer = _trainer(loaded, teacher, images, request, WorkFolder.of(out).file(STATE))
@@ -148,6 +149,7 @@ def train(
         teacher=None if request.teacher == "none" else request.teacher,
         settings=request.settings.model_dump(mode="json"),
         history=tuple(trainer.progress.history),
+        changes=tuple(trainer.progress.changes),
     )
     if is_main():
         _save(loaded, module, Path(source), out, record, trained, job)

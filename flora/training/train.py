@@ -38,7 +38,7 @@ from flora.training.alone import Alone
 from flora.training.augmentation import AugmentedImages, seeded
 from flora.training.evaluate import check_labels
 from flora.training.segments import RankSegments
-from flora.training.settings import TrainingSettings
+from flora.training.settings import MAY_CHANGE, TrainingSettings
 from flora.training.teacher import EpochAnswers, TeacherCache
 
 
@@ -55,12 +55,14 @@ class Teacher:
 class Progress:
     """How far a run has come: finished steps, and what it noted at the end of each epoch.
 
-    `loss` is the mean loss of an epoch that is trained, but not in the history yet.
+    `loss` is the mean loss of an epoch that is trained, but not in the history yet. Each of `changes` names settings
+    (of `MAY_CHANGE`) that were others before, and the last epoch that was trained with these.
     """
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     loss: float | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -321,7 +323,8 @@ class Trainer:
         kept = f"the state after epoch {len(self.progress.history)} is kept in {self.state_file}"
         raise FloraError(
             f"The loss is {loss} in step {self.progress.step + 1} (epoch {epoch + 1}); "
-            f"{kept if self.state_file.is_file() else 'no epoch was finished'}. Lower --lr, or train in full precision."
+            f"{kept if self.state_file.is_file() else 'no epoch was finished'}. Lower --lr or --clip-grad, or train in "
+            "full precision (--precision no); the same command goes on with these."
         )
 
     def _save_state(self) -> None:
@@ -336,6 +339,8 @@ class Trainer:
                 "step": self.progress.step,
                 "history": self.progress.history,
                 "loss": self.progress.loss,
+                "changes": self.progress.changes,
+                "settings": self.settings.model_dump(include=set(MAY_CHANGE)),
             }
             with new_file(self.state_file) as partial:
                 torch.save(state, partial)
@@ -350,12 +355,28 @@ class Trainer:
             if self.average:
                 self.average.module.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.accelerator.scaler:
+            if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(step=state["step"], history=state["history"], loss=state.get("loss"))
+            self.progress = Progress(
+                step=state["step"],
+                history=state["history"],
+                loss=state.get("loss"),
+                changes=state.get("changes", []),
+            )
+            self._note_changes(state.get("settings", {}))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.state_file} cannot be used ({reason}); start anew with --restart.") from error
+
+    def _note_changes(self, former: dict[str, Any]) -> None:
+        changed = {name: value for name, value in former.items() if value != getattr(self.settings, name)}
+        if changed:
+            until = len(self.progress.history) + (self.progress.loss is not None)
+            self.progress.changes.append({"until_epoch": until, **changed})
+        if "learning_rate" in changed:
+            # The optimizer's state brings the former one back, which a schedule need not overwrite.
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate
 
 
 def images_per_pass(settings: TrainingSettings, images: int, processes: int) -> int:

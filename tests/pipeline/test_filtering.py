@@ -274,8 +274,11 @@ def test_settings_that_cannot_train_are_refused_before_anything_is_written(worke
 def test_another_training_of_the_local_scorer_is_refused_by_the_setting_that_differs(worked, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         filter_space(worked.supernet, tmp_path / "out", local(worked, 1e-2), on_block=interrupt)
-    with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.01, now 0.001\)"):
-        filter_space(worked.supernet, tmp_path / "out", local(worked, 1e-3))
+    other = dataclasses.replace(local(worked, 1e-2), settings=local(worked, 1e-2).settings.with_epochs(2))
+    with pytest.raises(InputError, match=r"other settings \(epochs: 1, now 2\)"):
+        filter_space(worked.supernet, tmp_path / "out", other)
+    with pytest.raises(KeyboardInterrupt):
+        filter_space(worked.supernet, tmp_path / "out", local(worked, 1e-3), on_block=interrupt)
 
 
 @pytest.mark.parametrize("role", ["calibration", "training"])

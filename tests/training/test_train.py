@@ -1,6 +1,7 @@
 """Training resumes to the bit, moves what a step has used and nothing else, and stops where it cannot go on."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from flora.errors import FloraError, InputError
 from flora.lowrank.supernet import elastic_layers
 from flora.training.alone import Alone
 from flora.training.processes import accelerator
-from flora.training.train import Teacher
+from flora.training.train import Teacher, Trainer
 from tests.samples import tiny_model
 from tests.training.bench import CPU, MIXED, RANKS, STEPS_PER_EPOCH, Bench, StoppedError, components, stop_at, weights
 
@@ -162,6 +163,29 @@ def test_a_loss_that_is_no_number_stops_with_step_epoch_and_the_kept_state(bench
     resumed = bench.trainer()
     trained = weights(resumed.run())
     assert torch.equal(trained, bench.trained(state="whole.pt"))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_after_a_loss_that_is_no_number_the_run_goes_on_with_a_lower_rate(bench: Bench, schedule: str):
+    def rates(trainer: Trainer, *, poisoned: int | None = None) -> dict[int, float]:
+        found = {}
+
+        def note(step: int, loss: float) -> None:
+            found[step] = trainer.optimizer.param_groups[0]["lr"]
+            if step == poisoned:
+                next(trainer.model.parameters()).data.fill_(float("nan"))
+
+        with pytest.raises(FloraError, match=r"--lr.*same command goes on") if poisoned else nullcontext():
+            trainer.run(on_step=note)
+        return found
+
+    lower = {"learning_rate": 1e-4, "clip_grad": 1.0, "schedule": schedule}
+    expected = rates(bench.trainer(state="lower.pt", **lower))
+    rates(bench.trainer(schedule=schedule), poisoned=7)
+    resumed = bench.trainer(**lower)
+    assert rates(resumed) == {step: expected[step] for step in range(6, 16)}
+    assert resumed.progress.changes == [{"until_epoch": 1, "learning_rate": 1e-3, "clip_grad": 5.0}]
+    assert [line["epoch"] for line in resumed.progress.history] == [1, 2, 3]
 
 
 def test_a_loss_that_is_no_number_in_the_first_epoch_leaves_no_state(bench: Bench):
