@@ -130,7 +130,7 @@ def command(
     set_threads(threads)
     is_supernet = method == "supernet"
     _reject_options(context, is_supernet)
-    from flora.cli.output import status
+    from flora.cli.output import StepProgress
     from flora.cli.verification import print_bundle
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.export import ExportRequest
@@ -142,7 +142,7 @@ def command(
         eval_data=eval_data, targets=targets, max_drop=max_drop, threads=threads, command=("flora", *sys.argv[1:])
     )
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
-    with status(hidden=as_json or not is_main()) as say:
+    with StepProgress(hidden=as_json or not is_main()) as shown:
         if is_supernet:
             from flora.cli.training import settings_from_options
             from flora.pipeline.compress import CompressRequest, compress
@@ -168,7 +168,7 @@ def command(
                 workers=workers,
                 restart=restart,
             )
-            bundle = compress(loaded, out, request, on_step=say)
+            bundle = compress(loaded, out, request, on_step=shown.on_step, on_line=shown.on_line)
         else:
             from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
 
@@ -186,7 +186,7 @@ def command(
                     workers=workers,
                     restart=restart,
                 ),
-                on_step=say,
+                on_step=shown.on_step,
             )
     if not is_main():
         return

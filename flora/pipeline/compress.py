@@ -23,13 +23,14 @@ from flora.pipeline.export import ExportRequest, export_bundle
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.images import check_classes, open_images, training_record
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
-from flora.pipeline.search import SearchRequest, budget_slug, search
+from flora.pipeline.search import SearchRequest, budget_slug, search, subnets_within_reach
 from flora.pipeline.train import TrainRequest, check_training, train
 from flora.ranks.budget import Budget, check_reachable
 from flora.ranks.config import RankConfig
+from flora.ranks.cost import ModelCost
 from flora.ranks.evolution import SearchSettings
-from flora.ranks.filtering import kept_count
-from flora.ranks.space import space_from_text
+from flora.ranks.filtering import kept_count, reachable_macs
+from flora.ranks.space import SearchSpace, space_from_text
 from flora.resume import WorkFolder
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
@@ -99,13 +100,19 @@ def compress(
     request: CompressRequest,
     *,
     on_step: Callable[[str], None] = lambda step: None,
+    on_line: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
-    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished."""
+    """Write the bundle `out`; stopped, the same call goes on with the step that was not finished.
+
+    `on_step` gets what is being done, every moment; `on_line` what is worth keeping: what is within reach, then each
+    filtered block, each epoch and each generation.
+    """
     check_replaceable(out, marker=MANIFEST)
     calibration, selection, _ = request.image_sets
     processes(request.device)
     steps = folder_of_steps(out)
     _refuse_early(model, request)
+    _tell_reach(model, request, on_line)
     supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
         steps / f"{name}-{budget_slug(request.budget)}" for name in ("search", "compact", "finetuned")
@@ -136,6 +143,9 @@ def compress(
             request.training(epochs),
             on_start=begins(what, *later),
             on_step=lambda step, steps, loss: on_step(f"{what}: step {step} of {steps}, loss {loss:.3f}"),
+            on_epoch=lambda figures: on_line(
+                f"{what}: epoch {figures['epoch']} of {epochs}, loss {figures['loss']:.4f}, {figures['seconds']:.1f} s"
+            ),
         )
 
     if is_main():
@@ -150,7 +160,7 @@ def compress(
             on_start=begins("factorizing"),
         )
     wait()
-    filter_space(
+    kept, _ = filter_space(
         supernet,
         filtered,
         FilterRequest(
@@ -160,8 +170,9 @@ def compress(
             workers=request.workers,
         ),
         on_start=begins("filtering candidates", trained, found, tuned),
-        on_block=lambda scores: on_step(f"filtering candidates: {scores.block}"),
+        on_block=lambda scores: on_line(f"filtering candidates: {scores.block}"),
     )
+    on_line(f"space after filtering: {_extent(kept.config.space, kept.config.cost)}")
     train_step(filtered, trained, request.settings.epochs, "training the supernet", found, tuned)
     search(
         trained,
@@ -175,7 +186,9 @@ def compress(
             workers=request.workers,
         ),
         on_start=begins("searching", tuned),
-        on_generation=lambda state: on_step(f"searching: generation {state.generation}"),
+        on_generation=lambda state: on_line(
+            f"searching: generation {state.generation} of {request.search.generations}"
+        ),
     )
     ranks = RankConfig.load(found / RANK_CONFIG)
     materialize_job(trained, ranks, compact, on_start=begins("materializing", tuned))
@@ -186,6 +199,25 @@ def compress(
         export_bundle(load_model_folder(compact), request.export, out, on_step=on_step)
     wait()
     return load_bundle(out)
+
+
+def _tell_reach(model: LoadedModel, request: CompressRequest, tell: Callable[[str], None]) -> None:
+    """Which subnets there will be, before anything is spent."""
+    targets = find_targets(model.module, request.layers)
+    cost = trace_cost(model.module, targets, model.config.preprocessing.input_size)
+    space = space_from_text(request.space, cost)
+    for name, ranks in subnets_within_reach(space, cost).items():
+        macs, params = cost.macs(ranks), cost.params(ranks)
+        tell(
+            f"{name} subnet: {macs / 1e6:.2f} M MACs ({macs / cost.dense_macs:.1%} of dense), "
+            f"{params / 1e6:.2f} M parameters ({params / cost.dense_params:.1%})"
+        )
+    tell(f"space before filtering: {_extent(space, cost)}")
+
+
+def _extent(space: SearchSpace, cost: ModelCost) -> str:
+    smallest, largest, mean = (f"{macs / 1e6:.2f} M" for macs in reachable_macs(space, cost))
+    return f"{float(space.size):.3g} configs from {smallest} to {largest} MACs, mean {mean}"
 
 
 def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
