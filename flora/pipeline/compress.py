@@ -7,13 +7,13 @@ a step is done again only where what it comes from or its settings have changed.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
-from flora.errors import InputError
+from flora.errors import BadLossError, InputError
 from flora.imagesets import ImageSetSpec, at_most
 from flora.lowrank.checkpoint import RANK_CONFIG, LoadedModel, load_model_folder
 from flora.lowrank.targets import find_targets, trace_cost
@@ -137,16 +137,26 @@ def compress(
         return note
 
     def train_step(source: Path, out: Path, epochs: int, what: str, *later: Path) -> None:
-        train(
-            source,
-            out,
-            request.training(epochs),
-            on_start=begins(what, *later),
-            on_step=lambda step, steps, loss: on_step(f"{what}: step {step} of {steps}, loss {loss:.3f}"),
-            on_epoch=lambda figures: on_line(
-                f"{what}: epoch {figures['epoch']} of {epochs}, loss {figures['loss']:.4f}, {figures['seconds']:.1f} s"
-            ),
-        )
+        def note_epoch(figures: dict[str, Any]) -> None:
+            seconds = f"{figures['seconds']:.1f} s"
+            on_line(f"{what}: epoch {figures['epoch']} of {epochs}, loss {figures['loss']:.4f}, {seconds}")
+
+        try:
+            train(
+                source,
+                out,
+                request.training(epochs),
+                on_start=begins(what, *later),
+                on_step=lambda step, steps, loss: on_step(f"{what}: step {step} of {steps}, loss {loss:.3f}"),
+                on_epoch=note_epoch,
+            )
+        except BadLossError as error:
+            if source != compact:
+                raise
+            raise BadLossError(
+                f"{error} Here they are the supernet's as well, which would be trained anew: rather fine-tune by "
+                f"flora train {source} --data IMAGES -o TUNED, and then flora export TUNED."
+            ) from error
 
     if is_main():
         model.module.to(request.device)

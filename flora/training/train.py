@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flora.artifact import new_file
-from flora.errors import FloraError, InputError
+from flora.errors import BadLossError, InputError
 from flora.lowrank.supernet import elastic_layers, set_ranks
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.sampling import Sampler, sandwich
@@ -321,7 +321,7 @@ class Trainer:
 
     def _stop_at_bad_loss(self, loss: float, epoch: int) -> None:
         kept = f"the state after epoch {len(self.progress.history)} is kept in {self.state_file}"
-        raise FloraError(
+        raise BadLossError(
             f"The loss is {loss} in step {self.progress.step + 1} (epoch {epoch + 1}); "
             f"{kept if self.state_file.is_file() else 'no epoch was finished'}. Lower --lr or --clip-grad, or train in "
             "full precision (--precision no); the same command goes on with these."
