@@ -85,7 +85,8 @@ def filter_space(
     source_images = TimmImages(request.select_data, preprocessing, workers=request.workers)
     record = source_images.record()
     if request.data is not None:
-        training = training_record(request.data, TimmImages(request.data, preprocessing))
+        trained_on = TimmImages(request.data, preprocessing)
+        training = training_record(request.data, trained_on)
         seen["training"] = training.joined(seen.get("training"))
     for role in ("calibration", "training"):
         if role in seen:
