@@ -20,6 +20,10 @@ class GateFailedError(FloraError):
     exit_code = 3
 
 
+class BadLossError(FloraError):
+    """A loss that is no number; training cannot go on as it was."""
+
+
 class BackendMissingError(FloraError, ImportError):
     """A runtime or engine builder that is not installed, or does not work here."""
 

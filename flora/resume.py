@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from flora.artifact import Document
 from flora.errors import InputError, few
@@ -23,6 +23,8 @@ class Job(Document):
 
     kind: Literal["flora job"] = "flora job"
     settings: dict[str, Any]
+    # Names of settings with other values of which a stopped run may go on.
+    may_change: tuple[str, ...] = Field(default=(), exclude=True)
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -33,7 +35,7 @@ class Job(Document):
     def is_in(self, folder: Path) -> bool:
         """Whether `folder` is this job's: the finished output, or the work folder."""
         file = Path(folder) / SETTINGS
-        return file.is_file() and Job.load(file) == self
+        return file.is_file() and Job.load(file).settings == self.settings
 
 
 class WorkFolder:
@@ -61,7 +63,8 @@ class WorkFolder:
             before, given = Job.load(file).settings, job.settings
         except InputError as error:
             raise InputError(f"{error} Start anew with --restart.") from error
-        changed = [key for key in given.keys() | before.keys() if given.get(key) != before.get(key)]
+        fixed = (given.keys() | before.keys()) - set(job.may_change)
+        changed = [key for key in fixed if given.get(key) != before.get(key)]
         if changed:
             details = few(f"{key}: {_short(before.get(key))}, now {_short(given.get(key))}" for key in sorted(changed))
             raise InputError(
@@ -70,11 +73,11 @@ class WorkFolder:
             )
 
     def open(self, job: Job, *, restart: bool = False) -> None:
-        """Make the folder where there is none; empty it with `restart`."""
+        """Make the folder where there is none; empty it with `restart`. From now on its settings are those of `job`."""
         self.check(job, restart=restart)
         if restart:
             self.remove()
-        if not (self.path / SETTINGS).is_file():
+        if not job.is_in(self.path):
             job.save(self.path / SETTINGS)
 
     def file(self, name: str) -> Path:

@@ -45,6 +45,18 @@ def test_the_same_settings_find_what_was_kept(work: WorkFolder, out: Path):
     assert again.file("state.pt").read_bytes() == b"state"
 
 
+def test_settings_that_may_change_are_not_held_against_a_job_and_are_its_own_from_then_on(work, out: Path):
+    job = Job(settings=GIVEN | {"seed": 1}, may_change=("seed", "rate"))
+    work.open(job)
+    assert work.file("state.pt").read_bytes() == b"state"
+    assert job.is_in(work.path)
+    assert not Job(settings=GIVEN).is_in(work.path)
+    with pytest.raises(InputError, match=r'other settings \(budget: "macs=45%", now "macs=30%"\)'):
+        work.open(Job(settings=GIVEN | {"budget": "macs=30%"}, may_change=("seed",)))
+    with pytest.raises(InputError, match=r"other settings \(seed: 1, now 0\)"):
+        begin(out, GIVEN)
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [

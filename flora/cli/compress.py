@@ -130,7 +130,7 @@ def command(
     set_threads(threads)
     is_supernet = method == "supernet"
     _reject_options(context, is_supernet)
-    from flora.cli.output import status
+    from flora.cli.output import StepProgress
     from flora.cli.verification import print_bundle
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.export import ExportRequest
@@ -144,10 +144,10 @@ def command(
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
 
     def say_when_there(done: bool) -> None:
-        if done and not as_json:
+        if done and is_main() and not as_json:
             click.echo(f"flora: {out} is finished; there is nothing to do. Remove it to measure again.", err=True)
 
-    with status(hidden=as_json or not is_main()) as say:
+    with StepProgress(hidden=as_json or not is_main()) as shown:
         if is_supernet:
             from flora.cli.training import settings_from_options
             from flora.pipeline.compress import CompressRequest, compress
@@ -173,7 +173,9 @@ def command(
                 workers=workers,
                 restart=restart,
             )
-            bundle = compress(loaded, out, request, on_start=say_when_there, on_step=say)
+            bundle = compress(
+                *(loaded, out, request), on_start=say_when_there, on_step=shown.on_step, on_line=shown.on_line
+            )
         else:
             from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
 
@@ -192,7 +194,7 @@ def command(
                     restart=restart,
                 ),
                 on_start=say_when_there,
-                on_step=say,
+                on_step=shown.on_step,
             )
     if not is_main():
         return

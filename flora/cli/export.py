@@ -81,7 +81,7 @@ def command(
     the bundle is kept, with what failed labelled so.
     """
     set_threads(threads)
-    from flora.cli.output import status
+    from flora.cli.output import StepProgress
     from flora.cli.verification import print_bundle
     from flora.pipeline.export import ExportRequest, export_bundle, load_exportable
 
@@ -98,6 +98,6 @@ def command(
         command=("flora", *sys.argv[1:]),
     )
     source = load_exportable(model, ranks)
-    with status(hidden=as_json) as say:
-        bundle = export_bundle(source, request, out, on_step=say)
+    with StepProgress(hidden=as_json) as shown:
+        bundle = export_bundle(source, request, out, on_step=shown.on_step)
     print_bundle(bundle, f"the bundle {out}", f"flora verify {out} --data {eval_data}", as_json=as_json)

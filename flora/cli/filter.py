@@ -88,7 +88,7 @@ def command(
         filtered, report = filter_space(
             *(supernet, out, request),
             on_start=say_when_done(out, hidden=not is_main()),
-            on_block=lambda scores: advance(1),
+            on_block=lambda scores: advance(what=scores.block),
         )
     if not is_main():
         return

@@ -1,6 +1,7 @@
 """Options that several commands share, so that they read the same everywhere."""
 
 import ast
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,9 +263,18 @@ def torch_device(name: str):
     except RuntimeError as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=_of_this_process(device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BackendMissingError(
             f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu."
         ) from error
     return device
+
+
+def _of_this_process(device):
+    """`device`, or under torchrun the GPU that Accelerate gives this process, where the number is left to it."""
+    import torch
+
+    if device.type != "cuda" or device.index is not None or not torch.cuda.device_count():
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

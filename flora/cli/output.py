@@ -50,10 +50,24 @@ def say_when_done(out: Path, *, hidden: bool = False) -> Callable[[bool], None]:
 
 @contextmanager
 def progress(description: str, total: int | None, *, hidden: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; yields a function that advances it by a number of steps."""
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    """A progress bar on stderr; yields a function that advances it by a number of steps.
+
+    Told `what` was done, that function prints it as a line where stderr is no terminal.
+    """
+    console = Console(stderr=True, quiet=hidden)
+    with Progress(console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda steps=1: bar.advance(task, steps)
+
+        def advance(steps: int = 1, what: str = "") -> None:
+            bar.advance(task, steps)
+            if what and not console.is_terminal:
+                _print_line(console, f"{description}: {what}")
+
+        yield advance
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class TrainingProgress:
@@ -80,15 +94,36 @@ class TrainingProgress:
     def on_epoch(self, figures: dict[str, Any]) -> None:
         accuracies = [f"{name} {value:.2f} %" for name, value in figures.items() if name.startswith("top1")]
         line = [f"epoch {figures['epoch']} of {self._epochs}", f"loss {figures['loss']:.4f}", *accuracies]
-        self._bar.console.print(", ".join([*line, f"{figures['seconds']:.1f} s"]), highlight=False, soft_wrap=True)
+        _print_line(self._bar.console, ", ".join([*line, f"{figures['seconds']:.1f} s"]))
 
 
-@contextmanager
-def status(*, hidden: bool = False) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done; yields the function that changes it."""
-    console = Console(stderr=True, quiet=hidden)
-    with console.status("starting") as line:
-        yield line.update
+class StepProgress:
+    """What is being done, on stderr, inside `with`: a line that changes, or a line for each step if no terminal."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=hidden)
+        self._status = self._console.status("starting")
+        self._name = ""
+
+    def __enter__(self) -> "StepProgress":
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._status.stop()
+
+    def on_step(self, step: str) -> None:
+        """`step` is a name, or a name, ": " and how far it is."""
+        self._status.update(step)
+        name = step.partition(":")[0]
+        if name != self._name and not self._console.is_terminal:
+            _print_line(self._console, name)
+        self._name = name
+
+    def on_line(self, line: str) -> None:
+        """A line that stays."""
+        _print_line(self._console, line)
 
 
 def millions(count: int | None) -> str:

@@ -148,7 +148,9 @@ def command(
         outcome = search(
             *(supernet, out, request),
             on_start=say_when_done(out, hidden=not is_main()),
-            on_generation=lambda state: advance(1),
+            on_generation=lambda state: advance(
+                what=f"{state.budget.text}, generation {state.generation} of {generations}"
+            ),
         )
     if not is_main():
         return

@@ -58,8 +58,9 @@ def command(
     """Train MODEL, a supernet folder, or fine-tune it, a compact or dense model folder.
 
     A supernet gets other ranks in each step; the nested factors share what they learn, and components above the ranks
-    of a step do not move. Stopped, the same command goes on from the last finished epoch; finished, it does nothing. On
-    several devices: torchrun --no-python --nproc_per_node N flora train ...
+    of a step do not move. Stopped, the same command goes on from the last finished epoch, with another --lr, --min-lr,
+    --warmup-lr, --clip-grad or --precision too; finished, it does nothing. On several devices: torchrun --no-python
+    --nproc_per_node N flora train ...
     """
     set_threads(threads)
     from flora.cli.output import TrainingProgress, print_json, print_next, print_table, say_when_done

@@ -49,7 +49,10 @@ class Reference(BaseModel):
 
 
 class TrainingRecord(BaseModel):
-    """One training run: settings, images and teacher by name, and what was noted at the end of each epoch."""
+    """One training run: settings, images and teacher by name, and what was noted at the end of each epoch.
+
+    `changes` are settings that had other values up to an epoch (`until_epoch`), after which the run was stopped.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +60,7 @@ class TrainingRecord(BaseModel):
     teacher: str | None
     settings: dict[str, Any]
     history: tuple[dict[str, Any], ...]
+    changes: tuple[dict[str, Any], ...] = ()
 
 
 class ModelConfig(Document):

@@ -7,13 +7,13 @@ a step is done again only where what it comes from or its settings have changed.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
-from flora.errors import InputError
+from flora.errors import BadLossError, InputError
 from flora.imagesets import ImageSetRecord, ImageSetSpec, at_most
 from flora.lowrank.checkpoint import MODEL_CONFIG, RANK_CONFIG, LoadedModel, ModelConfig, load_model_folder
 from flora.lowrank.targets import find_targets, trace_cost
@@ -23,14 +23,15 @@ from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates, training_record
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
-from flora.pipeline.search import SearchRequest, budget_slug, search
+from flora.pipeline.search import SearchRequest, budget_slug, search, subnets_within_reach
 from flora.pipeline.train import TrainRequest, check_training, train
 from flora.preprocessing import Preprocessing
 from flora.ranks.budget import Budget, check_reachable
 from flora.ranks.config import RankConfig
+from flora.ranks.cost import ModelCost
 from flora.ranks.evolution import SearchSettings
-from flora.ranks.filtering import kept_count
-from flora.ranks.space import space_from_text
+from flora.ranks.filtering import kept_count, reachable_macs
+from flora.ranks.space import SearchSpace, space_from_text
 from flora.resume import WorkFolder
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
@@ -101,16 +102,20 @@ def compress(
     *,
     on_start: OnStart = lambda done: None,
     on_step: Callable[[str], None] = lambda step: None,
+    on_line: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
     """Write the bundle `out`; stopped, the same call goes on with the step that was not finished.
 
     `on_start` is told whether the bundle is there already, when the steps before it are done.
+    `on_step` gets what is being done, every moment; `on_line` what is worth keeping: what is within reach, then each
+    filtered block, each epoch and each generation.
     """
     check_replaceable(out, marker=MANIFEST)
     calibration, selection, _ = request.image_sets
     processes(request.device)
     steps = folder_of_steps(out)
     _refuse_early(model, request)
+    _tell_reach(model, request, on_line)
     supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
         steps / f"{name}-{budget_slug(request.budget)}" for name in ("search", "compact", "finetuned")
@@ -135,13 +140,26 @@ def compress(
         return note
 
     def train_step(source: Path, out: Path, epochs: int, what: str, *later: Path) -> None:
-        train(
-            source,
-            out,
-            request.training(epochs),
-            on_start=begins(what, *later),
-            on_step=lambda step, steps, loss: on_step(f"{what}: step {step} of {steps}, loss {loss:.3f}"),
-        )
+        def note_epoch(figures: dict[str, Any]) -> None:
+            seconds = f"{figures['seconds']:.1f} s"
+            on_line(f"{what}: epoch {figures['epoch']} of {epochs}, loss {figures['loss']:.4f}, {seconds}")
+
+        try:
+            train(
+                source,
+                out,
+                request.training(epochs),
+                on_start=begins(what, *later),
+                on_step=lambda step, steps, loss: on_step(f"{what}: step {step} of {steps}, loss {loss:.3f}"),
+                on_epoch=note_epoch,
+            )
+        except BadLossError as error:
+            if source != compact:
+                raise
+            raise BadLossError(
+                f"{error} Here they are the supernet's as well, which would be trained anew: rather fine-tune by "
+                f"flora train {source} --data IMAGES -o TUNED, and then flora export TUNED."
+            ) from error
 
     if is_main():
         model.module.to(request.device)
@@ -155,7 +173,7 @@ def compress(
             on_start=begins("factorizing", filtered, trained, found, tuned),
         )
     wait()
-    filter_space(
+    kept, _ = filter_space(
         supernet,
         filtered,
         FilterRequest(
@@ -165,8 +183,9 @@ def compress(
             workers=request.workers,
         ),
         on_start=begins("filtering candidates", trained, found, tuned),
-        on_block=lambda scores: on_step(f"filtering candidates: {scores.block}"),
+        on_block=lambda scores: on_line(f"filtering candidates: {scores.block}"),
     )
+    on_line(f"space after filtering: {_extent(kept.config.space, kept.config.cost)}")
     train_step(filtered, trained, request.settings.epochs, "training the supernet", found, tuned)
     search(
         trained,
@@ -180,7 +199,9 @@ def compress(
             workers=request.workers,
         ),
         on_start=begins("searching", tuned),
-        on_generation=lambda state: on_step(f"searching: generation {state.generation}"),
+        on_generation=lambda state: on_line(
+            f"searching: generation {state.generation} of {request.search.generations}"
+        ),
     )
     ranks = RankConfig.load(found / RANK_CONFIG)
     materialize_job(trained, ranks, compact, on_start=begins("materializing", tuned))
@@ -196,6 +217,25 @@ def compress(
         export_job(model, request.export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
+
+
+def _tell_reach(model: LoadedModel, request: CompressRequest, tell: Callable[[str], None]) -> None:
+    """Which subnets there will be, before anything is spent."""
+    targets = find_targets(model.module, request.layers)
+    cost = trace_cost(model.module, targets, model.config.preprocessing.input_size)
+    space = space_from_text(request.space, cost)
+    for name, ranks in subnets_within_reach(space, cost).items():
+        macs, params = cost.macs(ranks), cost.params(ranks)
+        tell(
+            f"{name} subnet: {macs / 1e6:.2f} M MACs ({macs / cost.dense_macs:.1%} of dense), "
+            f"{params / 1e6:.2f} M parameters ({params / cost.dense_params:.1%})"
+        )
+    tell(f"space before filtering: {_extent(space, cost)}")
+
+
+def _extent(space: SearchSpace, cost: ModelCost) -> str:
+    smallest, largest, mean = (f"{macs / 1e6:.2f} M" for macs in reachable_macs(space, cost))
+    return f"{float(space.size):.3g} configs from {smallest} to {largest} MACs, mean {mean}"
 
 
 def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:

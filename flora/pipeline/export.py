@@ -27,6 +27,7 @@ from export.torch_runner import TorchRunner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.artifact import check_replaceable, new_folder
 from flora.errors import InputError
+from flora.imagesets import ImageSetRecord
 from flora.lowrank.checkpoint import (
     LoadedModel,
     content_digest,
@@ -39,7 +40,7 @@ from flora.lowrank.checkpoint import (
 from flora.lowrank.targets import trace_cost
 from flora.lowrank.weights import weights_digest
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
-from flora.pipeline.images import certified_record, check_classes, identity, open_images
+from flora.pipeline.images import MOST_DIGESTS, certified_record, check_classes, identity, open_images
 from flora.pipeline.job import OnStart
 from flora.provenance import device_facts, now, versions
 from flora.resume import SETTINGS, Job
@@ -210,7 +211,7 @@ def export_bundle(
             device=device_facts() | ({"threads": str(request.threads)} if request.threads else {}),
             command=list(request.command),
             created=now(),
-            notes=_notes(source, dense, report),
+            notes=_notes(source, dense, report, record),
         )
         manifest.save(folder / MANIFEST)
     return load_bundle(out)
@@ -331,7 +332,9 @@ def _recommend(
     return best.name, f"it passed every gate and takes {latency[best.name].ratio:.2f} of the dense model's time"
 
 
-def _notes(source: LoadedModel, dense: LoadedModel | None, report: VerifyReport) -> list[str]:
+def _notes(
+    source: LoadedModel, dense: LoadedModel | None, report: VerifyReport, evaluation: ImageSetRecord
+) -> list[str]:
     notes = []
     if dense is None and source.config.ranks:
         notes.append(
@@ -340,4 +343,14 @@ def _notes(source: LoadedModel, dense: LoadedModel | None, report: VerifyReport)
         )
     if report.stages[0].top1 is None:
         notes.append("The images have no labels: agreement with the dense model stands in for accuracy.")
+    unchecked = [
+        f"{role} images ({seen.spec})"
+        for role, seen in source.config.image_sets.items()
+        if seen.image_digests is None or evaluation.image_digests is None
+    ]
+    if unchecked:
+        notes.append(
+            f"Without the digests of all images, streamed or above {MOST_DIGESTS:,} for training, it was not checked "
+            f"whether evaluation images are among the {' and the '.join(unchecked)}."
+        )
     return notes

@@ -31,8 +31,8 @@ from flora.training.data import TimmImages
 from flora.training.filtering import BlockScores, score_block
 from flora.training.processes import is_main, processes, spread, wait
 from flora.training.selection import SelectionImages, log_probabilities
-from flora.training.settings import TrainingSettings
-from flora.training.train import Trainer, images_per_pass
+from flora.training.settings import MAY_CHANGE, TrainingSettings
+from flora.training.train import Trainer
 
 Scorer = Literal["training-free", "local"]
 
@@ -86,14 +86,15 @@ def filter_space(
     record = source_images.record()
     if request.data is not None:
         trained_on = TimmImages(request.data, preprocessing)
-        if request.settings is not None:
-            images_per_pass(request.settings, len(trained_on), 1)
         training = training_record(request.data, trained_on)
         seen["training"] = training.joined(seen.get("training"))
     for role in ("calibration", "training"):
         if role in seen:
             record.refuse_overlap(seen[role], own_role="selection", other_role=role)
     images = SelectionImages(source_images)
+    # What the trainer refuses must not leave a work folder, for the next command has other settings.
+    if request.settings is not None:
+        _local_trainer(supernet, 0, request, WorkFolder.of(out))
     job = Job(
         settings={
             "source": content_digest(source),
@@ -101,8 +102,9 @@ def filter_space(
             "share": request.share,
             "scorer": request.scorer,
             "data": identity(trained_on, training) if trained_on and training else None,
-            "training": request.settings.model_dump() if request.settings else None,
-        }
+            **(request.settings.model_dump() if request.settings else {}),
+        },
+        may_change=MAY_CHANGE,
     )
     work = begin(job, out, restart=request.restart, on_start=on_start)
     if work is None:
@@ -119,10 +121,12 @@ def filter_space(
             found = [_ONE.validate_json(file.read_bytes()) for file in files]
         else:
             found = spread(group, lambda index: _score(supernet, index, images, dense, request, work))
-            for file, scores in zip(files, found, strict=True):
-                if is_main():
+            if is_main():
+                for file, scores in zip(files, found, strict=True):
                     with new_file(file) as partial:
                         partial.write_bytes(_ONE.dump_json(scores))
+                for index in group:
+                    _local_state(work, index).unlink(missing_ok=True)
         for scores in found:
             on_block(scores)
         blocks += found
@@ -162,12 +166,17 @@ def _score(
     space, cost = supernet.config.space, supernet.config.cost
     module = supernet.module
     if request.scorer == "local":
-        module = _local_supernet(supernet, index, request, work)
+        module = _local_trainer(supernet, index, request, work).run()
     return score_block(module, space, cost, index, images, dense, share=request.share)
 
 
-def _local_supernet(supernet: LoadedSupernet, index: int, request: FilterRequest, work: WorkFolder) -> torch.nn.Module:
-    """The supernet trained with the candidates of one block, all other blocks at full rank (the paper's filter)."""
+def _local_state(work: WorkFolder, index: int) -> Path:
+    """Where the local supernet of a block lies until the block is scored."""
+    return work.file(f"local-{index}.pt")
+
+
+def _local_trainer(supernet: LoadedSupernet, index: int, request: FilterRequest, work: WorkFolder) -> Trainer:
+    """Trains a supernet with the candidates of one block, all other blocks at full rank (the paper's filter)."""
     assert request.data is not None
     assert request.settings is not None
     space = supernet.config.space
@@ -182,17 +191,13 @@ def _local_supernet(supernet: LoadedSupernet, index: int, request: FilterRequest
         ),
     )
     images = TimmImages(request.data, supernet.config.preprocessing, workers=request.workers)
-    state_file = work.file(f"local-{index}.pt")
-    trainer = Trainer(
+    return Trainer(
         load_supernet(supernet.folder).module,
         AugmentedImages(images, request.settings.augmentation, seed=request.settings.seed),
         request.settings,
         accelerator=Alone(request.device or torch.device("cpu"), request.settings.precision),
-        state_file=state_file,
+        state_file=_local_state(work, index),
         space=local,
         cost=supernet.config.cost,
         workers=request.workers,
     )
-    trained = trainer.run()
-    state_file.unlink(missing_ok=True)
-    return trained

@@ -118,10 +118,15 @@ def plan_search(supernet: LoadedSupernet, budgets: Sequence[str]) -> Plan:
     for budget in parsed:
         check_reachable(budget, space, cost)
     return Plan(
-        subnets={"smallest": space.smallest(), "middle": _middle(space, cost), "largest": space.largest()},
+        subnets=subnets_within_reach(space, cost),
         budgets=parsed,
         cost=cost,
     )
+
+
+def subnets_within_reach(space: SearchSpace, cost: ModelCost) -> dict[str, dict[str, Rank]]:
+    """The smallest, a middle and the largest subnet, by these names."""
+    return {"smallest": space.smallest(), "middle": _middle(space, cost), "largest": space.largest()}
 
 
 def _middle(space: SearchSpace, cost: ModelCost) -> dict[str, Rank]:

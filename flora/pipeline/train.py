@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -42,7 +43,8 @@ from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
 from flora.training.evaluate import check_labels, evaluate
 from flora.training.processes import accelerator, is_main, processes, spread, wait
-from flora.training.settings import TrainingSettings
+from flora.training.selection import check_labelled
+from flora.training.settings import MAY_CHANGE, TrainingSettings
 from flora.training.teacher import TeacherCache, TeacherFacts
 from flora.training.train import Teacher, Trainer
 
@@ -96,10 +98,15 @@ def train(
     preprocessing = loaded.config.preprocessing
     images = TimmImages(request.data, preprocessing, workers=request.workers)
     record = training_record(request.data, images)
-    selection = TimmImages(request.select_data, preprocessing) if request.select_data else None
+    selection = None
+    if request.select_data:
+        selection = TimmImages(request.select_data, preprocessing, workers=request.workers)
     chosen_by = selection.record() if selection else None
     if chosen_by is not None:
         record.refuse_overlap(chosen_by, own_role="training", other_role="selection")
+    if selection is not None and not selection.is_streamed:
+        why = "by which the model is judged after each epoch; make one folder for each class"
+        check_labelled(selection, loaded.module, why)
     teacher = _load_teacher(loaded, request)
     job = Job(
         settings={
@@ -109,7 +116,8 @@ def train(
             "top_k": request.top_k if request.teacher_cache else None,
             "selection": identity(selection, chosen_by) if selection and chosen_by else None,
             **request.settings.model_dump(),
-        }
+        },
+        may_change=MAY_CHANGE,
     )
     # What the trainer refuses must not leave a work folder, for the next command has other settings.
     trainer = None
@@ -127,14 +135,15 @@ def train(
             board.add_scalar("train/loss", loss, step)
             board.add_scalar("train/learning_rate", trainer.optimizer.param_groups[0]["lr"], step)
 
-    def note_epoch(module: nn.Module) -> dict[str, Any]:
-        figures = _accuracies(loaded, module, selection) if selection is not None else {}
+    def judge(module: nn.Module, images: TimmImages) -> dict[str, Any]:
+        figures = _accuracies(loaded, module, images)
         if board:
             for name, value in figures.items():
                 board.add_scalar(f"selection/{name}", value, trainer.progress.step)
         return figures
 
-    module = trainer.run(on_step=note_step, at_epoch_end=note_epoch, on_epoch=on_epoch).cpu()
+    at_epoch_end = partial(judge, images=selection) if selection is not None else None
+    module = trainer.run(on_step=note_step, at_epoch_end=at_epoch_end, on_epoch=on_epoch).cpu()
     if board:
         board.close()
     trained = TrainingRecord(
@@ -142,6 +151,7 @@ def train(
         teacher=None if request.teacher == "none" else request.teacher,
         settings=request.settings.model_dump(mode="json"),
         history=tuple(trainer.progress.history),
+        changes=tuple(trainer.progress.changes),
     )
     if is_main():
         _save(loaded, module, Path(source), out, record, trained, job)

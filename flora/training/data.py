@@ -35,6 +35,11 @@ class TimmImages:
     def __len__(self) -> int:
         return len(self._source) if self._indices is None else len(self._indices)
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the images come in an order of their own, and none can be asked for."""
+        return self._indices is None
+
     def loader(self, batch_size: int) -> DataLoader:
         """Yields images [B, C, H, W] float32 and labels [B] (-1 where there is none)."""
         transform = eval_transform(self.preprocessing)

@@ -24,6 +24,8 @@ from flora.training.selection import SelectionImages, log_probabilities
 # Candidates to run are taken from so many times the share to keep.
 BETTER_PART = 2.0
 RUNS_PER_BIN = 8
+# The most that is kept of what enters a block; with more, every candidate runs the whole model.
+REPLAY_BYTES = 8 * 2**30
 
 
 class BlockScores(BaseModel):
@@ -106,7 +108,7 @@ def score_block(
 class _Replay:
     """Inside `with`, the model runs from one block on: earlier blocks pass through, the block reads what was kept.
 
-    That is kept on the CPU, whatever the model's device.
+    That is kept on the CPU, whatever the model's device, up to `REPLAY_BYTES`.
     """
 
     def __init__(self, supernet: nn.Module, space: SearchSpace, index: int, images: SelectionImages) -> None:
@@ -128,9 +130,12 @@ class _Replay:
                 self._supernet(batch.to(device))
                 # Only a block that is called once and keeps the shape can be passed through.
                 self._applies &= all(len(c) == 1 and c[0][0].shape == c[0][1] for c in calls.values())
+                inputs = calls[self._block][0][0]
+                self._applies &= inputs.nbytes / len(batch) * len(self._images) <= REPLAY_BYTES
                 if not self._applies:
+                    self._inputs = []
                     break
-                self._inputs.append(calls[self._block][0][0].cpu())
+                self._inputs.append(inputs.cpu())
         return self
 
     def __exit__(self, *error: object) -> None:

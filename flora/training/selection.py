@@ -77,14 +77,18 @@ def log_probabilities(model: nn.Module, images: SelectionImages, start: int = 0,
 
 def check_fitness(fitness: Fitness, images: TimmImages, model: nn.Module) -> None:
     """Raise `InputError` where `fitness` needs labels, and those of the images are missing or none of the model's."""
-    if fitness not in NEEDS_LABELS:
-        return
+    if fitness in NEEDS_LABELS:
+        others = "use --fitness distance or agreement, or one folder for each class"
+        check_labelled(images, model, f"which the fitness {fitness} needs; {others}")
+
+
+def check_labelled(images: TimmImages, model: nn.Module, why: str) -> None:
+    """Raise `InputError` where labels are missing, which `why` explains, or are none of the model's."""
+    if not len(images):
+        raise InputError(f"{images.text} holds no images to select on.")
     labels = images.labels()
     if (labels < 0).any():
-        raise InputError(
-            f"{images.text} has no labels, which the fitness {fitness} needs; "
-            "use --fitness distance or agreement, or one folder for each class."
-        )
+        raise InputError(f"{images.text} has no labels, {why}.")
     check_labels(labels, cast(int, model.num_classes), f"{images.text} has")
 
 

@@ -35,6 +35,10 @@ AUGMENTATIONS = {
 }
 
 
+# What a run may go on with otherwise, say after a loss that was no number.
+MAY_CHANGE = ("learning_rate", "min_learning_rate", "warmup_learning_rate", "clip_grad", "precision")
+
+
 class TrainingSettings(BaseModel):
     """`batch_size` counts the images of one optimizer step, over all processes and accumulated passes.
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flora.artifact import new_file
-from flora.errors import FloraError, InputError
+from flora.errors import BadLossError, InputError
 from flora.lowrank.supernet import elastic_layers, set_ranks
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.sampling import Sampler, sandwich
@@ -38,7 +38,7 @@ from flora.training.alone import Alone
 from flora.training.augmentation import AugmentedImages, seeded
 from flora.training.evaluate import check_labels
 from flora.training.segments import RankSegments
-from flora.training.settings import TrainingSettings
+from flora.training.settings import MAY_CHANGE, TrainingSettings
 from flora.training.teacher import EpochAnswers, TeacherCache
 
 
@@ -53,10 +53,16 @@ class Teacher:
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run has come: finished steps, and what it noted at the end of each epoch."""
+    """How far a run has come: finished steps, and what it noted at the end of each epoch.
+
+    `loss` is the mean loss of an epoch that is trained, but not in the history yet. Each of `changes` names settings
+    (of `MAY_CHANGE`) that were others before, and the last epoch that was trained with these.
+    """
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    loss: float | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -100,32 +106,24 @@ class Trainer:
         self,
         *,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
-        at_epoch_end: Callable[[nn.Module], dict[str, Any]] = lambda module: {},
+        at_epoch_end: Callable[[nn.Module], dict[str, Any]] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda figures: None,
     ) -> nn.Module:
         """Train to the end; `on_step` gets each step and its loss, `at_epoch_end` adds figures to the history.
 
-        `on_epoch` gets each new line of the history with the seconds that the epoch took.
+        What `at_epoch_end` raises costs no epoch, for the state is kept before, too. `on_epoch` gets each new line of
+        the history with the seconds that the epoch took.
         """
         self._load_state()
         for epoch in range(len(self.progress.history), self.settings.epochs):
             began = time.monotonic()
-            self.images.epoch = epoch
-            answers = self.teacher.cache.epoch(epoch) if self.teacher and self.teacher.cache else None
-            self.model.train()
-            losses = []
-            for passes in self._batches(epoch):
-                loss = self._step(passes, answers)
-                if not math.isfinite(loss):
-                    self._stop_at_bad_loss(loss, epoch)
-                losses.append(loss)
-                self.progress.step += 1
-                on_step(self.progress.step, loss)
-            if answers:
-                answers.save()
-            module = self.trained()
-            figures = {"loss": round(sum(losses) / len(losses), 5), **at_epoch_end(module)}
-            self.progress.history.append({"epoch": epoch + 1, **figures})
+            if self.progress.loss is None:
+                self.progress.loss = self._train_epoch(epoch, on_step)
+                if at_epoch_end:
+                    self._save_state()
+            figures = at_epoch_end(self.trained()) if at_epoch_end else {}
+            self.progress.history.append({"epoch": epoch + 1, "loss": self.progress.loss, **figures})
+            self.progress.loss = None
             on_epoch({**self.progress.history[-1], "seconds": time.monotonic() - began})
             self._save_state()
         module = self.trained()
@@ -139,6 +137,23 @@ class Trainer:
     def trained(self) -> nn.Module:
         """The moving average of the weights where one is kept, else the weights."""
         return self.average.module if self.average else self.model
+
+    def _train_epoch(self, epoch: int, on_step: Callable[[int, float], None]) -> float:
+        """The mean loss of an epoch's steps."""
+        self.images.epoch = epoch
+        answers = self.teacher.cache.epoch(epoch) if self.teacher and self.teacher.cache else None
+        self.model.train()
+        losses = []
+        for passes in self._batches(epoch):
+            loss = self._step(passes, answers)
+            if not math.isfinite(loss):
+                self._stop_at_bad_loss(loss, epoch)
+            losses.append(loss)
+            self.progress.step += 1
+            on_step(self.progress.step, loss)
+        if answers:
+            answers.save()
+        return round(sum(losses) / len(losses), 5)
 
     def _step(self, passes: list[tuple[Tensor, ...]], answers: EpochAnswers | None) -> float:
         """One optimizer step over the accumulated `passes`; the mean loss over all processes."""
@@ -306,9 +321,10 @@ class Trainer:
 
     def _stop_at_bad_loss(self, loss: float, epoch: int) -> None:
         kept = f"the state after epoch {len(self.progress.history)} is kept in {self.state_file}"
-        raise FloraError(
+        raise BadLossError(
             f"The loss is {loss} in step {self.progress.step + 1} (epoch {epoch + 1}); "
-            f"{kept if self.state_file.is_file() else 'no epoch was finished'}. Lower --lr, or train in full precision."
+            f"{kept if self.state_file.is_file() else 'no epoch was finished'}. Lower --lr or --clip-grad, or train in "
+            "full precision (--precision no); the same command goes on with these."
         )
 
     def _save_state(self) -> None:
@@ -322,6 +338,9 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler else None,
                 "step": self.progress.step,
                 "history": self.progress.history,
+                "loss": self.progress.loss,
+                "changes": self.progress.changes,
+                "settings": self.settings.model_dump(include=set(MAY_CHANGE)),
             }
             with new_file(self.state_file) as partial:
                 torch.save(state, partial)
@@ -336,12 +355,28 @@ class Trainer:
             if self.average:
                 self.average.module.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.accelerator.scaler:
+            if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(step=state["step"], history=state["history"])
+            self.progress = Progress(
+                step=state["step"],
+                history=state["history"],
+                loss=state.get("loss"),
+                changes=state.get("changes", []),
+            )
+            self._note_changes(state.get("settings", {}))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.state_file} cannot be used ({reason}); start anew with --restart.") from error
+
+    def _note_changes(self, former: dict[str, Any]) -> None:
+        changed = {name: value for name, value in former.items() if value != getattr(self.settings, name)}
+        if changed:
+            until = len(self.progress.history) + (self.progress.loss is not None)
+            self.progress.changes.append({"until_epoch": until, **changed})
+        if "learning_rate" in changed:
+            # The optimizer's state brings the former one back, which a schedule need not overwrite.
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate
 
 
 def images_per_pass(settings: TrainingSettings, images: int, processes: int) -> int:

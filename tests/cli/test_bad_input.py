@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from flora.cli.options import _of_this_process
 from tests.flora_command import assert_nothing_at, assert_refused, flora, leftovers
 from tests.worked_example import MODEL, WorkedExample
 
@@ -146,6 +147,19 @@ def test_a_device_that_does_not_work_here_is_refused(worked, device):
     outcome = flora("eval", worked.dense, "--data", worked.images, "--device", device)
     assert outcome.code in (1, 2, 4)
     assert "--device" in outcome.message
+
+
+def test_each_process_tries_the_gpu_that_it_will_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank, given, tried in (
+        (None, "cuda", "cuda:0"),
+        ("1", "cuda", "cuda:1"),
+        ("3", "cuda", "cuda:1"),
+        ("1", "cuda:0", "cuda:0"),
+        ("1", "cpu", "cpu"),
+    ):
+        monkeypatch.delenv("LOCAL_RANK", raising=False) if rank is None else monkeypatch.setenv("LOCAL_RANK", rank)
+        assert _of_this_process(torch.device(given)) == torch.device(tried)
 
 
 # Files that are damaged

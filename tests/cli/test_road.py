@@ -1,7 +1,10 @@
 """The paper's road on a tiny model by its commands: filter, train, search and materialize, or compress at once."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from flora.artifact import sha256_of_file
+from flora.cli.output import StepProgress
 from flora.lowrank.checkpoint import load_model_folder, load_supernet
 from flora.resume import Job, WorkFolder
 from tests.flora_command import Outcome, assert_refused, flora, leftovers, start_flora
@@ -35,6 +39,10 @@ def said_as_json(outcome: Outcome) -> dict:
     """The one document on stdout; nothing is said on stderr."""
     assert (outcome.code, outcome.err.strip()) == (0, ""), outcome
     return json.loads(outcome.out)
+
+
+def lines_of(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.strip()]
 
 
 # Tables
@@ -93,16 +101,18 @@ def test_search_prints_what_can_be_reached_and_a_row_for_each_budget(worked):
     assert f"Wrote the search {found}" in out
 
 
-@pytest.mark.parametrize("name", ["filtered", "found"])
-def test_progress_and_errors_are_not_mixed_with_the_result(worked, name):
-    assert getattr(worked, name).is_dir()
-    outcome = worked.outcomes[{"filtered": "filter", "found": "search"}[name]]
-    assert outcome.err.strip() == ""
+def test_filter_says_each_block_and_search_each_generation_on_stderr(worked):
+    assert worked.filtered.is_dir()
+    assert lines_of(worked.outcomes["filter"].err) == ["scoring blocks: blocks.0", "scoring blocks: blocks.1"]
+    assert worked.found.is_dir()
+    assert lines_of(worked.outcomes["search"].err) == [
+        f"searching: {budget}, generation {generation} of 2" for budget in worked.budgets for generation in range(3)
+    ]
 
 
 def test_train_says_each_epoch_on_stderr(worked):
     (record,) = load_supernet(worked.trained).config.training
-    lines = [line for line in worked.outcomes["train"].err.splitlines() if line.strip()]
+    lines = lines_of(worked.outcomes["train"].err)
     for said, figures in zip(lines, record.history, strict=True):
         told, _, seconds = said.rpartition(", ")
         accuracies = [f"{name} {figures[name]:.2f} %" for name in ("top1_smallest", "top1_largest")]
@@ -316,6 +326,56 @@ def test_compress_stopped_by_a_signal_says_so_and_keeps_what_was_finished(compre
     assert "Traceback" not in compressed.log
     kept = {name.partition("/")[0] for name in compressed.left}
     assert kept == {"supernet", "filtered", "trained.work"}
+
+
+def test_compress_says_what_is_within_reach_and_then_each_step_block_epoch_and_generation(worked, compressed):
+    before, after = (load_supernet(compressed.work / name).config for name in ("supernet", "filtered"))
+    reach = []
+    for name in ("smallest", "middle", "largest"):
+        reach.append(next(line for line in lines_of(compressed.log) if line.startswith(f"{name} subnet: ")))
+    smallest = before.space.smallest()
+    macs, params = before.cost.macs(smallest), before.cost.params(smallest)
+    assert reach[0] == (
+        f"smallest subnet: {macs / 1e6:.2f} M MACs ({macs / before.cost.dense_macs:.1%} of dense), "
+        f"{params / 1e6:.2f} M parameters ({params / before.cost.dense_params:.1%})"
+    )
+    spaces = [
+        f"space {name} filtering: {float(config.space.size):.3g} configs from {macs / 1e6:.2f} M to "
+        for name, config in (("before", before), ("after", after))
+    ]
+    first, second = lines_of(compressed.log), lines_of(compressed.outcome.err)
+    assert first[:3] == second[:3] == reach
+    assert first[4:8] == ["factorizing", "filtering candidates", *(f"filtering candidates: blocks.{i}" for i in (0, 1))]
+    assert [first[3].startswith(spaces[0]), first[8].startswith(spaces[1])] == [True, True]
+    assert first[9] == "training the supernet"
+    assert first[10].startswith("training the supernet: epoch 1 of 25, loss ")
+    assert second[3:5] == [first[3], first[8]], "what is finished is not said again"
+    rest = [line.partition(", loss ")[0] for line in second[5:]]
+    at = rest.index("searching")
+    assert rest[0] == "training the supernet"
+    assert rest[at - 1 : at + 5] == [
+        *("training the supernet: epoch 25 of 25", "searching"),
+        *("searching: generation 0 of 1", "searching: generation 1 of 1"),
+        *("materializing", "fine-tuning"),
+    ]
+    tuned = [f"fine-tuning: epoch {epoch} of 25" for epoch in range(1, 26)]
+    assert rest[at + 5 : at + 31] == [*tuned, "writing the compact model"]
+    assert [rest.count("verifying every step"), rest.count("measuring latency")] == [1, 1]
+
+
+def test_on_a_terminal_a_line_changes_and_epochs_stay(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), StepProgress() as shown:
+        shown.on_step("training")
+        shown.on_step("training: step 1 of 2")
+        shown.on_line("training: epoch 1 of 1")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
+    lines = [line.strip() for line in re.split(r"[\r\n]+", plain)]
+    assert "training: epoch 1 of 1" in lines
+    assert "training" not in lines
+    assert any(line.endswith("training: step 1 of 2") for line in lines)
 
 
 def test_the_same_command_goes_on_where_compress_was_stopped(compressed):

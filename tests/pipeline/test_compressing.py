@@ -13,7 +13,7 @@ import torch
 
 from export.bundle import check_hashes, load_bundle
 from flora.artifact import sha256_of_file
-from flora.errors import InputError
+from flora.errors import BadLossError, InputError
 from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import (
     DENSE_WEIGHTS,
@@ -25,7 +25,7 @@ from flora.lowrank.checkpoint import (
     load_supernet,
     save_model,
 )
-from flora.lowrank.weights import save_weights
+from flora.lowrank.weights import read_weights, save_weights
 from flora.pipeline.compress import CompressRequest, compress
 from flora.pipeline.export import ExportRequest
 from flora.ranks.config import RankConfig
@@ -289,6 +289,24 @@ def write_images(path: Path, text: str) -> str:
 
 
 # Unfinished steps
+
+
+def test_a_loss_that_is_no_number_says_how_to_go_on_in_either_training(worked, whole, tmp_path):
+    """After an epoch the weights, or what was to be fine-tuned, are damaged."""
+    asked = request(worked, budget=OTHER_BUDGET)
+    shutil.copytree(whole.work, tmp_path / "bundle.work")
+    run(worked, tmp_path / "bundle", asked, stop_at="fine-tuning")
+    compact = tmp_path / "bundle.work" / "compact-macs-75pct"
+    state = read_weights(compact / MODEL_WEIGHTS)
+    save_weights(compact / MODEL_WEIGHTS, {name: torch.full_like(value, torch.nan) for name, value in state.items()})
+    with pytest.raises(BadLossError, match=rf"loss is nan.*flora train {compact} .*flora export"):
+        compress(load_model(str(worked.dense)), tmp_path / "bundle", asked)
+    huge = request(worked, settings=quick(learning_rate=1e30, schedule="constant", clip_grad=None))
+    lower = request(worked, settings=quick(learning_rate=1e-4, schedule="constant", clip_grad=None))
+    with pytest.raises(BadLossError, match=r"the same command goes on with these\.$"):
+        compress(load_model(str(worked.dense)), tmp_path / "other", huge)
+    assert run(worked, tmp_path / "other", lower, stop_at="searching") == ["training the supernet", "searching"]
+
 
 IN_TRAINING = "training the supernet: step 3 of 4"
 

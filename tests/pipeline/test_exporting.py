@@ -85,6 +85,19 @@ def test_a_compact_model_without_its_reference_is_exported_with_a_note(worked, t
     assert "Name it with --reference" in outcome.out
 
 
+def test_a_set_without_digests_is_noted_as_not_compared_with_the_evaluation_images(worked, tmp_path):
+    compact = shutil.copytree(worked.compact, tmp_path / "compact")
+    config = json.loads((compact / "config.json").read_text())
+    assert "calibration" in config["image_sets"]
+    config["image_sets"]["training"] = {"spec": "train/", "images": 128_000, "digest": None, "image_digests": None}
+    (compact / "config.json").write_text(json.dumps(config))
+    outcome = export(compact, f"{worked.images},limit=2", tmp_path / "bundle", "--max-drop", 100)
+    assert outcome.code == 0, outcome
+    (note,) = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["notes"]
+    assert note.endswith("it was not checked whether evaluation images are among the training images (train/).")
+    assert "Note: Without the digests" in outcome.out
+
+
 def test_a_supernet_needs_ranks(worked, tmp_path):
     outcome = export(worked.supernet, worked.images, tmp_path / "bundle")
     assert_refused(outcome, "is a supernet folder", "--ranks FILE")

@@ -240,6 +240,47 @@ def test_the_local_scorer_interrupted_and_resumed_equals_uninterrupted(worked, t
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_trained_block_stays_until_its_scores_are_written(worked, tmp_path, monkeypatch):
+    asked, state = local(worked, 1e-2), tmp_path / "out.work" / "local-0.pt"
+    written = []
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("flora.pipeline.filter.score_block", lambda *args, **options: interrupt(None))
+            with pytest.raises(KeyboardInterrupt):
+                filter_space(worked.supernet, tmp_path / "out", asked)
+        written.append((state.stat().st_ino, state.stat().st_mtime_ns))
+    assert written[0] == written[1], "it was not trained again"
+    with pytest.raises(KeyboardInterrupt):
+        filter_space(worked.supernet, tmp_path / "out", asked, on_block=interrupt)
+    assert {path.name for path in state.parent.iterdir()} == {"settings.json", "block-0.json"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"precision": "fp16"}, "full precision or bf16"),
+        ({"optimizer": "adamm"}, "adamm"),
+        ({"batch_size": 49}, "48 images, fewer than one batch of 49"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused_before_anything_is_written(worked, tmp_path, change, says):
+    asked = local(worked, 1e-2)
+    settings = asked.settings.model_copy(update=change)
+    with pytest.raises(InputError, match=says):
+        filter_space(worked.supernet, tmp_path / "out", dataclasses.replace(asked, settings=settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_training_of_the_local_scorer_is_refused_by_the_setting_that_differs(worked, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        filter_space(worked.supernet, tmp_path / "out", local(worked, 1e-2), on_block=interrupt)
+    other = dataclasses.replace(local(worked, 1e-2), settings=local(worked, 1e-2).settings.with_epochs(2))
+    with pytest.raises(InputError, match=r"other settings \(epochs: 1, now 2\)"):
+        filter_space(worked.supernet, tmp_path / "out", other)
+    with pytest.raises(KeyboardInterrupt):
+        filter_space(worked.supernet, tmp_path / "out", local(worked, 1e-3), on_block=interrupt)
+
+
 @pytest.mark.parametrize("role", ["calibration", "training"])
 def test_selection_images_that_the_supernet_has_seen_are_refused(worked, tmp_path, role):
     seen = {"calibration": worked.calibration, "training": worked.training}[role]

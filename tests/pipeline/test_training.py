@@ -236,7 +236,7 @@ def test_images_that_have_moved_are_the_same_images(worked, image_folder, tmp_pa
 
 
 DIFFERENT = {
-    "learning rate": ({"settings": settings(learning_rate=1e-4)}, "learning_rate: 0.001, now 0.0001"),
+    "weight decay": ({"settings": settings(weight_decay=0.1)}, "weight_decay: 0.01, now 0.1"),
     "epochs": ({"settings": settings(epochs=3)}, "epochs: 2, now 3"),
     "images": ({"limit": 13}, "images"),
     "teacher": ({"teacher": "none"}, "teacher"),
@@ -263,6 +263,21 @@ def test_the_stopped_run_of_another_command_is_refused_by_what_differs(worked, t
         train(source, tmp_path / "out", request(worked, **change))
     assert contents(tmp_path / "out.work") == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_run_goes_on_with_a_lower_rate_and_is_recorded_so(worked, tmp_path):
+    out, lower = tmp_path / "out", request(worked, settings=settings(learning_rate=1e-5, precision="bf16"))
+    with pytest.raises(KeyboardInterrupt):
+        train(worked.filtered, out, request(worked), on_step=stop_in_second_epoch)
+    epochs: list[int] = []
+    trained = train(worked.filtered, out, lower, on_epoch=lambda figures: epochs.append(figures["epoch"]))
+    assert epochs == [2]
+    record = trained.config.training[-1]
+    assert (record.settings["learning_rate"], record.settings["precision"]) == (1e-5, "bf16")
+    assert record.changes == ({"until_epoch": 1, "learning_rate": 1e-3, "precision": "no"},)
+    train(worked.filtered, out, lower, on_step=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(worked.filtered, out, request(worked), on_step=interrupt)
 
 
 def test_restart_throws_away_what_a_stopped_run_left(worked, whole, tmp_path):
@@ -460,6 +475,21 @@ def test_training_on_the_images_to_choose_by_is_refused(worked, tmp_path):
     with pytest.raises(InputError, match=r"images of the training set .* also in the selection set"):
         train(worked.filtered, tmp_path / "out", request(worked, select_data=worked.training))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("flat", "has no labels, by which the model is judged"), ("classes", "a label 10, the model has 10 classes")],
+)
+def test_images_that_no_epoch_can_be_judged_by_are_refused_at_once(worked, image_folder, tmp_path, kind, says):
+    images = tmp_path / "images"
+    for number, path in enumerate(sorted(image_folder.rglob("*.png"))[:11]):
+        copy = images / ("" if kind == "flat" else f"{number:02}") / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    with pytest.raises(InputError, match=says):
+        train(worked.filtered, tmp_path / "out", request(worked, select_data=str(images)))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize("kind", ["filtered", "compact"])

@@ -148,6 +148,18 @@ def test_a_block_that_changes_the_shape_is_not_passed_through(images: SelectionI
         torch.testing.assert_close(torch.tensor(scores.errors), expected, atol=1e-6, rtol=1e-4)
 
 
+def test_inputs_that_are_too_many_to_keep_are_computed_again(supernet, vit_cost, images, monkeypatch):
+    """The limit is held by what the first of the three batches says of all eight images."""
+    family, tokens = (tiny_model(), supernet, vit_cost), vit_cost.shapes["blocks.0.attn.qkv"].tokens
+    kept = scored(family, 1, images)
+    for limit, forwards in ((8 * tokens * 48 * 4, kept.image_forwards), (8 * tokens * 48 * 4 - 1, 8 * (27 + 1))):
+        monkeypatch.setattr("flora.training.filtering.REPLAY_BYTES", limit)
+        again = scored(family, 1, images)
+        assert again.image_forwards == pytest.approx(forwards)
+        assert again.errors == pytest.approx(kept.errors, rel=1e-4, abs=1e-6)
+        assert again.kept == kept.kept
+
+
 def test_scoring_leaves_the_supernet_as_it_was(supernet: nn.Module, vit_cost: ModelCost, images: SelectionImages):
     set_ranks(supernet, random_ranks(vit_cost, 1))
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Training resumes to the bit, moves what a step has used and nothing else, and stops where it cannot go on."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from flora.errors import FloraError, InputError
 from flora.lowrank.supernet import elastic_layers
 from flora.training.alone import Alone
 from flora.training.processes import accelerator
-from flora.training.train import Teacher
+from flora.training.train import Teacher, Trainer
 from tests.samples import tiny_model
 from tests.training.bench import CPU, MIXED, RANKS, STEPS_PER_EPOCH, Bench, StoppedError, components, stop_at, weights
 
@@ -164,6 +165,29 @@ def test_a_loss_that_is_no_number_stops_with_step_epoch_and_the_kept_state(bench
     assert torch.equal(trained, bench.trained(state="whole.pt"))
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_after_a_loss_that_is_no_number_the_run_goes_on_with_a_lower_rate(bench: Bench, schedule: str):
+    def rates(trainer: Trainer, *, poisoned: int | None = None) -> dict[int, float]:
+        found = {}
+
+        def note(step: int, loss: float) -> None:
+            found[step] = trainer.optimizer.param_groups[0]["lr"]
+            if step == poisoned:
+                next(trainer.model.parameters()).data.fill_(float("nan"))
+
+        with pytest.raises(FloraError, match=r"--lr.*same command goes on") if poisoned else nullcontext():
+            trainer.run(on_step=note)
+        return found
+
+    lower = {"learning_rate": 1e-4, "clip_grad": 1.0, "schedule": schedule}
+    expected = rates(bench.trainer(state="lower.pt", **lower))
+    rates(bench.trainer(schedule=schedule), poisoned=7)
+    resumed = bench.trainer(**lower)
+    assert rates(resumed) == {step: expected[step] for step in range(6, 16)}
+    assert resumed.progress.changes == [{"until_epoch": 1, "learning_rate": 1e-3, "clip_grad": 5.0}]
+    assert [line["epoch"] for line in resumed.progress.history] == [1, 2, 3]
+
+
 def test_a_loss_that_is_no_number_in_the_first_epoch_leaves_no_state(bench: Bench):
     trainer = bench.trainer(learning_rate=1e20, schedule="constant", clip_grad=None)
     with pytest.raises(FloraError, match=r"loss is (nan|inf) in step 2 \(epoch 1\); no epoch was finished. Lower --lr"):
@@ -248,6 +272,31 @@ def test_the_history_holds_each_epochs_mean_loss_and_the_figures_given(bench: Be
     for epoch, line in enumerate(trainer.progress.history):
         mean = sum(losses[epoch * STEPS_PER_EPOCH : (epoch + 1) * STEPS_PER_EPOCH]) / STEPS_PER_EPOCH
         assert line == {"epoch": epoch + 1, "loss": pytest.approx(mean, abs=1e-5), "top1": 10.0 * (epoch + 1)}
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_judgement_that_fails_costs_no_epoch(bench: Bench, epoch: int):
+    judged: list[int] = []
+
+    def judge(module: nn.Module) -> dict:
+        judged.append(len(judged) + 1)
+        return {"weights": weights(module).sum().item()}
+
+    def fail(module: nn.Module) -> dict:
+        if len(judged) == epoch - 1:
+            raise StoppedError
+        return judge(module)
+
+    whole = bench.trainer(state="whole.pt", ema_decay=0.5)
+    expected = weights(whole.run(at_epoch_end=judge))
+    judged.clear()
+    with pytest.raises(StoppedError):
+        bench.trainer(ema_decay=0.5).run(at_epoch_end=fail)
+    resumed, steps = bench.trainer(ema_decay=0.5), []
+    trained = resumed.run(at_epoch_end=judge, on_step=lambda step, loss: steps.append(step))
+    assert steps == list(range(epoch * STEPS_PER_EPOCH + 1, 16))
+    assert torch.equal(weights(trained), expected)
+    assert resumed.progress == whole.progress
 
 
 def test_each_epoch_is_told_once_with_its_line_of_the_history_and_its_seconds(bench: Bench):
