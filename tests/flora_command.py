@@ -71,14 +71,14 @@ def _run(args: tuple[str, ...], log: str, before: Callable[[], None] | None) -> 
 
 
 def assert_refused(outcome: Outcome, *words: str, code: int = 1) -> None:
-    """One line on stderr that holds all of `words`, nothing on stdout, and the exit code."""
+    """A last line on stderr that holds all of `words`, steps alone before it, nothing on stdout, and the exit code."""
     assert outcome.code == code, outcome
     assert outcome.out == "", outcome
-    lines = [line for line in outcome.err.splitlines() if line.strip()]
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("flora: "), outcome.err
+    *steps, said = [line for line in outcome.err.splitlines() if line.strip()]
+    assert said.startswith("flora: "), outcome.err
+    assert not any(step.startswith(("flora:", "Traceback", " ")) for step in steps), outcome.err
     for word in words:
-        assert word in lines[0], f"{word!r} is not said: {outcome.err}"
+        assert word in said, f"{word!r} is not said: {outcome.err}"
 
 
 def assert_nothing_at(path: Path) -> None:
