@@ -27,6 +27,7 @@ from flora.cli.options import (
     training_options,
     workers_option,
 )
+from flora.ranks.space import DEFAULT_SPACE
 
 
 @click.command("compress")
@@ -62,7 +63,7 @@ from flora.cli.options import (
 @click.option(
     "--space",
     metavar="SPACE",
-    help="As in flora build (default: multiples=8; for a supernet, eighths).",
+    help=f"As in flora build (default: multiples=8; for a supernet, {DEFAULT_SPACE}).",
 )
 @click.option("--share", type=float, default=0.3, show_default=True, help="Part of each cost bin that filtering keeps.")
 @fitness_option
@@ -163,7 +164,7 @@ def command(
                 calib_data=calib_data,
                 select_data=select_data,
                 layers=layers,
-                space=space or "eighths",
+                space=space or DEFAULT_SPACE,
                 share=share,
                 fitness=fitness,  # type: ignore[arg-type]
                 search=SearchSettings.of_size(population, generations, seed=training["seed"] or 0),

@@ -118,14 +118,15 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> None:
     cost = trace_cost(model.module, find_targets(model.module, request.layers), preprocessing.input_size)
     check_reachable(Budget.parse(request.budget, cost), space_from_text(request.space, cost), cost)
     request.export.engine_specs()
-    evaluation = open_images(request.export.eval_data, preprocessing)
-    check_classes(evaluation, cast(int, model.module.num_classes))
+    images = open_images(request.export.eval_data, preprocessing)
+    check_classes(images, cast(int, model.module.num_classes))
+    evaluation = images.record()
     parts = [TimmImages(text, preprocessing) for text in request.image_sets]
-    calibration, selection = (images.record() for images in parts)
+    calibration, selection = (part.record() for part in parts)
     if request.select_data is None:
         refuse_duplicates(
             request.calib_data, names_by_digest(parts[1], selection), names_by_digest(parts[0], calibration)
         )
     selection.refuse_overlap(calibration, own_role="selection", other_role="calibration")
     for role, seen in (("calibration", calibration), ("selection", selection)):
-        evaluation.record().refuse_overlap(seen, own_role="evaluation", other_role=role)
+        evaluation.refuse_overlap(seen, own_role="evaluation", other_role=role)

@@ -19,7 +19,7 @@ from flora.lowrank.supernet import active_ranks
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.filtering import BINS, block_macs, cost_bins, kept_candidates, kept_count
 from flora.ranks.space import SearchSpace, block_name
-from flora.training.selection import SelectionImages, log_probabilities
+from flora.training.selection import SelectionImages, divergences, log_probabilities
 
 # Candidates to run are taken from so many times the share to keep.
 BETTER_PART = 2.0
@@ -67,7 +67,7 @@ def score_block(
         def measure(ranks: tuple[Rank, ...]) -> tuple[float, float]:
             with active_ranks(supernet, full | dict(zip(names, ranks, strict=True))):
                 logs = replay.log_probabilities()
-            divergence = (dense.exp() * (dense - logs)).sum(1).mean().item()
+            divergence = divergences(dense, logs).mean().item()
             return max(divergence, 0.0), 100 * (logs.argmax(1) == dense.argmax(1)).float().mean().item()
 
         largest = tuple(full[name] for name in names)

@@ -75,6 +75,11 @@ def log_probabilities(model: nn.Module, images: SelectionImages, start: int = 0,
     return torch.cat(parts)
 
 
+def divergences(dense: Tensor, logs: Tensor) -> Tensor:
+    """Kullback-Leibler divergence [N] from `dense`, in nats; both are log-probabilities [N, classes]."""
+    return (dense.exp() * (dense - logs)).sum(1)
+
+
 def check_fitness(fitness: Fitness, images: TimmImages, model: nn.Module) -> None:
     """Raise `InputError` where `fitness` needs labels, and those of the images are missing or none of the model's."""
     if fitness in NEEDS_LABELS:
@@ -125,6 +130,6 @@ class SubnetScores:
             scores = (
                 (logs.argmax(1) == dense.argmax(1)).float()
                 if self.fitness == "agreement"
-                else -(dense.exp() * (dense - logs)).sum(1)
+                else -divergences(dense, logs)
             )
         return scores.numpy().astype(np.float32)

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flora.lowrank.supernet import active_ranks
 from flora.ranks.cost import ModelCost
 from flora.ranks.sensitivity import LayerSensitivity, probe_rank
 from flora.training.processes import processes, spread
-from flora.training.selection import SelectionImages, log_probabilities
+from flora.training.selection import SelectionImages, divergences, log_probabilities
 
 # Passes over the selection images that all probes together may take, the dense model's own among them.
 MOST_PASSES = 60
@@ -38,7 +37,7 @@ def probe_layers(
         rank = probe_rank(shapes[name])
         with active_ranks(supernet, full | {name: rank}):
             found = log_probabilities(supernet, images, 0, count)
-        return LayerSensitivity(rank=rank, divergence=_divergence(wanted, found))
+        return LayerSensitivity(rank=rank, divergence=max(0.0, divergences(wanted, found).mean().item()))
 
     probes = dict(known)
     waiting = [name for name in shapes if name not in probes]
@@ -48,9 +47,3 @@ def probe_layers(
         probes.update(zip(group, spread(group, probe), strict=True))
         on_layers(probes)
     return {name: probes[name] for name in shapes}
-
-
-def _divergence(wanted: Tensor, found: Tensor) -> float:
-    """Mean Kullback-Leibler divergence in nats of log-probabilities [N, classes]."""
-    with torch.inference_mode():
-        return max(0.0, (wanted.exp() * (wanted - found)).sum(1).mean().item())

@@ -360,10 +360,10 @@ class Trainer:
             self.progress = Progress(
                 step=state["step"],
                 history=state["history"],
-                loss=state.get("loss"),
-                changes=state.get("changes", []),
+                loss=state["loss"],
+                changes=state["changes"],
             )
-            self._note_changes(state.get("settings", {}))
+            self._note_changes(state["settings"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{self.state_file} cannot be used ({reason}); start anew with --restart.") from error

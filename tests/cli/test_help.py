@@ -156,44 +156,8 @@ USAGE = {
         ["compress", "m", "--budget", "macs=50%", "--eval-data", "y", "-o", "out"],
         "--calib-data",
     ),
-    "training images that nothing trains on": (
-        *[
-            [
-                "compress",
-                "m",
-                "--budget",
-                "macs=50%",
-                "--calib-data",
-                "x",
-                "--data",
-                "x",
-                "--eval-data",
-                "y",
-                "-o",
-                "out",
-            ]
-        ],
-        "--data belongs to --method supernet",
-    ),
-    "epochs without training": (
-        *[
-            [
-                "compress",
-                "m",
-                "--budget",
-                "macs=50%",
-                "--calib-data",
-                "x",
-                "--eval-data",
-                "y",
-                "--epochs",
-                "3",
-                "-o",
-                "o",
-            ]
-        ],
-        "--epochs belongs to --method supernet",
-    ),
+    "training images that nothing trains on": ([*TRAINING_FREE, "--data", "x"], "--data belongs to --method supernet"),
+    "epochs without training": ([*TRAINING_FREE, "--epochs", "3"], "--epochs belongs to --method supernet"),
     "nothing to train on": (
         ["compress", "m", "--method", "supernet", "--budget", "macs=50%", "--eval-data", "y", "-o", "out"],
         "--data",

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import shutil
 import tarfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,6 +33,7 @@ from flora.resume import Job, WorkFolder
 from flora.training.data import TimmImages
 from flora.training.settings import TrainingSettings
 from tests.flora_command import leftovers
+from tests.pipeline.steps import files, taken
 from tests.samples import FAMILIES, GREY, tiny_args, tiny_model
 from tests.worked_example import FASHION, MODEL, WorkedExample
 
@@ -69,18 +69,7 @@ def quick(**changes) -> TrainingSettings:
 
 def run(worked: WorkedExample, out: Path, asked: CompressRequest, *, stop_at: str | None = None) -> list[str]:
     """Compress, and return the steps that were taken; with `stop_at`, interrupted where that one begins."""
-    taken: list[str] = []
-
-    def note(step: str) -> None:
-        name = step.partition(":")[0]
-        if name not in taken:
-            taken.append(name)
-        if stop_at and step.startswith(stop_at):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
-        compress(load_model(str(worked.dense)), out, asked, on_step=note)
-    return taken
+    return taken(lambda note: compress(load_model(str(worked.dense)), out, asked, on_step=note), stop_at=stop_at)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,12 +91,6 @@ def whole(worked: WorkedExample, tmp_path_factory: pytest.TempPathFactory) -> Wh
 
 def weights(bundle: Path) -> str:
     return sha256_of_file(bundle / "model" / MODEL_WEIGHTS)
-
-
-def files(folder: Path) -> dict[str, tuple[int, int]]:
-    """When and as which file each one under `folder` was written."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
 
 
 def test_every_step_is_taken_once_and_in_order(whole):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from flora.resume import SETTINGS
 from flora.training.data import TimmImages
 from flora.training.selection import SelectionImages, log_probabilities
 from tests.flora_command import leftovers
+from tests.pipeline.steps import files, taken
 from tests.samples import GREY
 from tests.worked_example import FASHION, WorkedExample
 
@@ -56,18 +56,9 @@ def exported(worked: WorkedExample, **changes) -> ExportRequest:
 
 def run(worked: WorkedExample, out: Path, asked: TrainingFreeRequest, *, stop_at: str | None = None) -> list[str]:
     """Compress, and return the steps that were taken; with `stop_at`, interrupted where that one begins."""
-    taken: list[str] = []
-
-    def note(step: str) -> None:
-        name = step.partition(":")[0]
-        if name not in taken:
-            taken.append(name)
-        if stop_at and step.startswith(stop_at):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
-        compress_training_free(load_model(str(worked.dense)), out, asked, on_step=note)
-    return taken
+    return taken(
+        lambda note: compress_training_free(load_model(str(worked.dense)), out, asked, on_step=note), stop_at=stop_at
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,12 +80,6 @@ def whole(worked: WorkedExample, tmp_path_factory: pytest.TempPathFactory) -> Wh
     """A compression without interruption."""
     out = tmp_path_factory.mktemp("training-free") / "bundle"
     return Whole(out=out, steps=run(worked, out, request(worked)))
-
-
-def files(folder: Path) -> dict[str, tuple[int, int]]:
-    """When and as which file each one under `folder` was written."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
 
 
 def test_every_step_is_taken_once_and_in_order(whole):
