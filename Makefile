@@ -11,7 +11,7 @@ SOURCES := flora export calibrate tests benchmarks examples
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[cpu,rtx,train,bench,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,openvino,rtx,train,bench,dev]'
 	touch $@
 
 # The main job on the embedded example: a trained ViT and its ranks become a verified bundle.

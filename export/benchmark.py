@@ -5,7 +5,8 @@ compared is the median of the ratios within repeats, not the ratio of two median
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -38,25 +39,31 @@ def paired_latency(
         raise InputError(f"Nothing to time: {len(runners)} runners and {len(images)} images; give one of each.")
     if repeats < 1 or warmup < 0:
         raise InputError(f"At least 1 repeat and 0 warm-up rounds are needed, got {repeats} and {warmup}.")
-    names = list(runners)
-    for _ in range(warmup):
-        for name in names:
-            runners[name](images)
-    times_ms = np.empty((len(names), repeats))
-    draw = np.random.default_rng(0)
-    for repeat in range(repeats):
-        for index in draw.permutation(len(names)):
-            times_ms[index, repeat] = _timed_ms(runners[names[index]], images)
+    calls = [partial(runner, images) for runner in runners.values()]
+    times_ms = interleaved_ms(calls, repeats=repeats, warmup=warmup)
     ratios = times_ms / times_ms[0]
     return {
         name: _stats(times_ms[index], ratio=float(np.median(ratios[index])), batch_size=len(images))
-        for index, name in enumerate(names)
+        for index, name in enumerate(runners)
     }
 
 
-def _timed_ms(runner: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> float:
+def interleaved_ms(calls: Sequence[Callable[[], object]], *, repeats: int, warmup: int, seed: int = 0) -> np.ndarray:
+    """Milliseconds of each call in each repeat, [calls, repeats]; a repeat makes all calls once, in a drawn order."""
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    times_ms = np.empty((len(calls), repeats))
+    draw = np.random.default_rng(seed)
+    for repeat in range(repeats):
+        for index in draw.permutation(len(calls)):
+            times_ms[index, repeat] = _timed_ms(calls[index])
+    return times_ms
+
+
+def _timed_ms(call: Callable[[], object]) -> float:
     start = time.perf_counter_ns()
-    runner(images)
+    call()
     return max(1, time.perf_counter_ns() - start) / 1e6
 
 

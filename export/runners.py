@@ -121,3 +121,46 @@ def _check_images(images: np.ndarray, declared, path: Path) -> None:
             f"{path} takes {np.dtype(expected).name} images of shape [{wanted}], got {images.dtype} "
             f"{list(images.shape)}; preprocess the images with the settings of this model."
         )
+
+
+class OpenVinoRunner:
+    """Runs an ONNX file on OpenVINO, on the CPU; `precision` is the one to compute in, which is BF16 unless said."""
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, precision: str = "fp32", name: str | None = None
+    ) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise BackendMissingError(
+                f"openvino is not installed or does not load ({error}). Run: pip install 'flora-vit[openvino]'"
+            ) from error
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{path} does not exist; give an ONNX file.")
+        self.name = name or self.path.name
+        config = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = str(threads)
+        try:
+            self._compiled = openvino.Core().compile_model(str(self.path), "CPU", config)
+        except RuntimeError as error:
+            raise InputError(f"{path} is no ONNX file that OpenVINO can run here ({error}).") from error
+        self._request = self._compiled.create_infer_request()
+        self.provider = f"OpenVINO CPU, {self._compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._request = self._compiled = None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if self._request is None:
+            raise InputError(f"The runner of {self.path} is closed; open a new one.")
+        return self._request.infer([images], share_inputs=True)[0]
+
+
+OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}

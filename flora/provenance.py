@@ -23,6 +23,10 @@ LIBRARIES = (
 )
 
 
+# Instructions that decide how fast products are.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that can change a result, Python's included."""
     found = {"python": platform.python_version()}
@@ -35,19 +39,31 @@ def versions() -> dict[str, str]:
 
 
 def device_facts() -> dict[str, str]:
-    """The processor that runs this process."""
-    return {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "system": f"{platform.system()} {platform.machine()}"}
+    """The processor that runs this process; its name alone does not tell generations apart in a virtual machine."""
+    facts = _cpu_facts()
+    flags = facts.get("flags", "").split()
+    return {
+        "cpu": facts.get("model name") or platform.processor() or "unknown",
+        "instructions": ", ".join(name for name in INSTRUCTIONS if name in flags) or "unknown",
+        "cores": str(os.cpu_count()),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
-def _cpu_name() -> str:
+def clocks() -> dict[str, str]:
+    """The processor's clock now, where the system says so."""
+    mhz = _cpu_facts().get("cpu MHz")
+    return {"cpu MHz": mhz} if mhz else {}
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux says of the first processor."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 (no path of ours)
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 (no path of ours)
+            lines = file.read().split("\n\n", 1)[0].splitlines()
     except OSError:
-        pass
-    return platform.processor() or "unknown"
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def now() -> str:

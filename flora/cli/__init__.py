@@ -16,12 +16,14 @@ COMMANDS = {
     "train": "Train a supernet, or fine-tune a compact model.",
     "search": "Find the best ranks within a budget.",
     "compress": "Lead a trained model to a verified bundle within a budget, in one command.",
+    "latency-table": "Measure what a model's layers cost in milliseconds here, by rank.",
     "materialize": "Turn a supernet and ranks into a compact model.",
     "export": "Turn a compact model into verified ONNX files and engines.",
     "verify": "Check a bundle: files, golden outputs and, given images, accuracy.",
     "eval": "Measure the accuracy of a model on labelled images.",
 }
-MODULES = {"import": "import_released"}  # a keyword of Python names no module
+# Where a name is none of a module: a keyword of Python, or with a hyphen in it.
+MODULES = {"import": "import_released", "latency-table": "latency_table"}
 
 
 class LazyGroup(click.Group):

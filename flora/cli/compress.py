@@ -39,7 +39,13 @@ from flora.ranks.space import DEFAULT_SPACE
     show_default=True,
     help="training-free: probe every layer and allocate ranks. supernet: filter, train and search, as the paper does.",
 )
-@click.option("--budget", required=True, metavar="BUDGET", help="macs=45% of the dense model, macs=2.7G or params=12M.")
+@click.option(
+    "--budget",
+    required=True,
+    metavar="BUDGET",
+    help="macs=45% of the dense model, macs=2.7G or params=12M; training-free also latency=0.6x or latency=12ms, at "
+    "batch 8 or, with @b1, at another.",
+)
 @click.option(
     "--calib-data",
     metavar="IMAGES",
@@ -50,6 +56,11 @@ from flora.ranks.space import DEFAULT_SPACE
     metavar="IMAGES",
     help="Images to choose by. training-free: labels not needed, by default every fourth calibration image. supernet: "
     "by default every tenth training image; filter takes 2000, search 5000.",
+)
+@click.option(
+    "--latency-table",
+    type=click.Path(path_type=Path),
+    help="Table of flora latency-table for a budget in milliseconds; without one it is measured.",
 )
 @click.option("--data", metavar="IMAGES", help="Training images, for --method supernet.")
 @click.option(
@@ -99,6 +110,7 @@ def command(
     budget: str,
     calib_data: str | None,
     select_data: str | None,
+    latency_table: Path | None,
     data: str | None,
     eval_data: str,
     out: Path,
@@ -188,6 +200,7 @@ def command(
                     budget=budget,
                     export=export,
                     select_data=select_data,
+                    latency_table=latency_table,
                     layers=layers,
                     space=space or "multiples=8",
                     device=where,
@@ -215,6 +228,8 @@ def _reject_options(context: click.Context, is_supernet: bool) -> None:
         raise click.UsageError(
             "Without training, --calib-data IMAGES is needed; to train, give --method supernet --data IMAGES."
         )
+    if is_supernet and context.params["latency_table"] is not None:
+        raise click.UsageError("--latency-table belongs to --method training-free.")
     for option in () if is_supernet else context.command.params:
         given = context.get_parameter_source(option.name or "") is not ParameterSource.DEFAULT
         if given and option.name not in _BOTH:
@@ -225,5 +240,5 @@ def _reject_options(context: click.Context, is_supernet: bool) -> None:
 _BOTH = {
     *("model", "checkpoint", "pretrained", "model_kwargs", "method", "budget", "calib_data", "select_data"),
     *("eval_data", "out", "targets", "layers", "space", "max_drop", "workers", "device", "threads", "restart"),
-    "as_json",
+    *("as_json", "latency_table"),
 }

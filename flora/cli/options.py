@@ -180,16 +180,19 @@ def out_option(what: str) -> Callable:
     )
 
 
+model_kwargs_option = click.option(
+    "--model-kwargs",
+    "-K",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Argument of timm's create_model, e.g. -K num_classes=10 (repeatable).",
+)
+
+
 def model_options(command: Callable) -> Callable:
     """The ways to name a trained model: MODEL, with where its weights and arguments come from."""
     for decorator in (
-        click.option(
-            "--model-kwargs",
-            "-K",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Argument of timm's create_model, e.g. -K num_classes=10 (repeatable).",
-        ),
+        model_kwargs_option,
         click.option("--pretrained", is_flag=True, help="Fetch timm's pretrained weights from the hub."),
         click.option(
             "--checkpoint",

@@ -173,9 +173,17 @@ _PLACES: dict[str, Any] = {"image_sets": {"__all__": {"spec"}}, "training": {"__
 
 
 def load_model(
-    model: str, *, args: Mapping[str, Any] | None = None, checkpoint: Path | None = None, pretrained: bool = False
+    model: str,
+    *,
+    args: Mapping[str, Any] | None = None,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    untrained: bool = False,
 ) -> LoadedModel:
-    """The model that a user names: a model folder of ours, or a timm name with a checkpoint or pretrained weights."""
+    """The model that a user names: a model folder of ours, or a timm name with a checkpoint or pretrained weights.
+
+    Only what does not depend on weights takes an `untrained` one.
+    """
     if Path(model).is_dir():
         if args or checkpoint or pretrained:
             raise InputError(
@@ -183,7 +191,7 @@ def load_model(
                 "leave out --checkpoint, --pretrained and --model-kwargs."
             )
         return load_model_folder(Path(model))
-    if not checkpoint and not pretrained:
+    if not (checkpoint or pretrained or untrained):
         if not timm.is_model(model):
             create_timm_model(model, {})
         raise InputError(

@@ -14,8 +14,9 @@ from flora.lowrank.checkpoint import LoadedSupernet, content_digest, load_supern
 from flora.pipeline.images import identity
 from flora.pipeline.job import OnStart, begin
 from flora.ranks.allocate import allocate
-from flora.ranks.budget import Budget, check_reachable
+from flora.ranks.budget import Budget, LatencyBudget, check_reachable
 from flora.ranks.config import RankConfig
+from flora.ranks.latency import LatencyTable
 from flora.ranks.sensitivity import AdditiveModel, LayerSensitivity
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
@@ -95,15 +96,20 @@ def measure_sensitivity(
     return report
 
 
-def allocated_ranks(supernet: LoadedSupernet, report: SensitivityReport, budget: str) -> RankConfig:
-    """The ranks of least predicted divergence within `budget` (as the user writes it: `macs=50%`)."""
+def allocated_ranks(
+    supernet: LoadedSupernet, report: SensitivityReport, budget: str, table: LatencyTable | None = None
+) -> RankConfig:
+    """The ranks of least predicted divergence within `budget` (as the user writes it: `macs=50%`).
+
+    With a latency table that budget may be one in milliseconds.
+    """
     config = supernet.config
     if config.method == "released":
         raise InputError(
             f"{supernet.folder} was imported and holds no spectra to allocate by; search it, or build from the dense "
             "model."
         )
-    limit = Budget.parse(budget, config.cost)
+    limit = LatencyBudget.parse(budget, table) if table else Budget.parse(budget, config.cost)
     check_reachable(limit, config.space, config.cost)
     model = AdditiveModel({name: layer.spectrum for name, layer in config.layers.items()}, report.probes)
     ranks = allocate(model.choices(config.space, config.cost, limit), limit.left_for_layers(config.cost))
@@ -114,6 +120,7 @@ def allocated_ranks(supernet: LoadedSupernet, report: SensitivityReport, budget:
         budget=budget,
         macs=config.cost.macs(ranks),
         params=config.cost.params(ranks),
+        latency_ms=limit.latency.ms(ranks) if isinstance(limit, LatencyBudget) else None,
         origin=f"allocated by sensitivity, predicted divergence {model.error(ranks):.3g} nats",
         selection=report.selection,
     )

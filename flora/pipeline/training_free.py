@@ -5,7 +5,7 @@ or its settings have changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -22,9 +22,12 @@ from flora.pipeline.compact import materialize_job
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
+from flora.pipeline.latency import LatencyRequest, measure_latency
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
-from flora.ranks.budget import Budget, check_reachable
+from flora.provenance import device_facts
+from flora.ranks.budget import Budget, LatencyBudget, check_reachable, latency_parts
+from flora.ranks.latency import LatencyTable
 from flora.ranks.space import space_from_text
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
@@ -35,12 +38,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFreeRequest:
-    """`calib_data` needs no labels; without `select_data` every fourth image of it is held out to choose by."""
+    """`calib_data` needs no labels; without `select_data` every fourth image of it is held out to choose by.
+
+    A budget in milliseconds goes by `latency_table`, or by one that is measured, for ONNX Runtime on this processor.
+    """
 
     calib_data: str
     budget: str
     export: ExportRequest
     select_data: str | None = None
+    latency_table: Path | None = None
     layers: tuple[str, ...]
     space: str
     device: torch.device = CPU
@@ -56,6 +63,22 @@ class TrainingFreeRequest:
         if spec.fold or spec.left_out:
             raise InputError(f"{self.calib_data} is a part of a set already; say what to choose by with --select-data.")
         return f"{self.calib_data},except={HELD_OUT}", f"{self.calib_data},fold={HELD_OUT}"
+
+    @property
+    def latency(self) -> LatencyRequest | None:
+        """The measurement that a budget in milliseconds goes by; None for another budget."""
+        if not self.budget.startswith("latency="):
+            return None
+        _, _, batch = latency_parts(self.budget)
+        return LatencyRequest(layers=self.layers, batches=(batch,), threads=self.export.threads or 1)
+
+    @property
+    def timed_export(self) -> ExportRequest:
+        """The export, measured as the latency was."""
+        if self.latency is None:
+            return self.export
+        (batch,) = self.latency.batches
+        return replace(self.export, batches=(1, batch, max(64, batch)), threads=self.latency.threads)
 
 
 def compress_training_free(
@@ -83,6 +106,7 @@ def compress_training_free(
     def begins(what: str) -> OnStart:
         return lambda done: None if done else on_step(what)
 
+    table = _latency_table(model, steps, request, on_step)
     if is_main():
         model.module.to(request.device)
         build(
@@ -102,12 +126,43 @@ def compress_training_free(
         on_start=begins("probing layers"),
         on_layers=lambda done, layers: on_step(f"probing layers: {done} of {layers}"),
     )
-    ranks = allocated_ranks(load_supernet(supernet), report, request.budget)
+    ranks = allocated_ranks(load_supernet(supernet), report, request.budget, table)
     materialize_job(supernet, ranks, compact, on_start=begins("materializing"))
     if is_main():
-        export_job(load_model_folder(compact), request.export, out, on_start=on_start, on_step=on_step)
+        export_job(load_model_folder(compact), request.timed_export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
+
+
+def _latency_table(
+    model: LoadedModel, steps: Path, request: TrainingFreeRequest, on_step: Callable[[str], None]
+) -> LatencyTable | None:
+    """The table that is given, or one that is measured here, and the budget is within its reach."""
+    if request.latency is None:
+        return None
+    cost = trace_cost(model.module, find_targets(model.module, request.layers), model.config.preprocessing.input_size)
+    if request.latency_table is not None:
+        table = LatencyTable.load(request.latency_table)
+        table.check(
+            model=model.config.model,
+            layers=cost.shapes,
+            device=device_facts(),
+            runtime=request.latency.runtime_facts,
+        )
+    else:
+        (batch,) = request.latency.batches
+        file = steps / f"latency-b{batch}.json"
+        if is_main():
+            measure_latency(
+                model,
+                file,
+                request.latency,
+                on_group=lambda done, of, what: on_step(f"measuring latency: {done} of {of} groups, {what}"),
+            )
+        wait()
+        table = LatencyTable.load(file)
+    check_reachable(LatencyBudget.parse(request.budget, table), space_from_text(request.space, cost), cost)
+    return table
 
 
 def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> None:
@@ -116,7 +171,13 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> None:
         raise InputError(f"{model.folder} is factorized already; compress the dense model.")
     preprocessing = model.config.preprocessing
     cost = trace_cost(model.module, find_targets(model.module, request.layers), preprocessing.input_size)
-    check_reachable(Budget.parse(request.budget, cost), space_from_text(request.space, cost), cost)
+    space = space_from_text(request.space, cost)
+    if request.latency is None:
+        check_reachable(Budget.parse(request.budget, cost), space, cost)
+    if request.latency_table is not None and request.latency is None:
+        raise InputError(
+            f"A latency table serves a budget in milliseconds, such as latency=0.6x; {request.budget} is none."
+        )
     request.export.engine_specs()
     images = open_images(request.export.eval_data, preprocessing)
     check_classes(images, cast(int, model.module.num_classes))

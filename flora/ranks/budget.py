@@ -1,16 +1,48 @@
-"""The budget of a search: the most MACs or parameters that the compact model may have."""
+"""The budget of a search: the most MACs, parameters or milliseconds that the compact model may take."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from flora.errors import InputError, near_matches
 from flora.ranks.cost import LayerShape, ModelCost, Rank
+from flora.ranks.latency import NANOSECONDS, LatencyModel, LatencyTable
 from flora.ranks.space import SearchSpace
 
 CostKind = Literal["macs", "params"]
 WORDS = {"macs": "MACs", "params": "parameters"}
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+# What a budget in milliseconds is timed at where its text names no batch size.
+USUAL_BATCH = 8
+
+
+class Limit(Protocol):
+    """A limit on what a model costs, in whole numbers that add up over its layers; `text` is how the user wrote it."""
+
+    @property
+    def limit(self) -> int: ...
+
+    @property
+    def text(self) -> str: ...
+
+    def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
+        """What counts against the limit for the model materialized at `ranks`."""
+        ...
+
+    def left_for_layers(self, cost: ModelCost) -> int:
+        """The limit less what no rank changes: what `layer_cost` of all layers may add up to."""
+        ...
+
+    def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
+        """The part of `cost_of` that one layer's rank decides."""
+        ...
+
+    def describe(self, amount: int) -> str:
+        """An amount of it with its unit."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +65,10 @@ class Budget:
             return cls(kind="macs", limit=_limit(amount, cost.dense_macs, given=text, word=WORDS[kind]), text=text)
         if kind == "params":
             return cls(kind="params", limit=_limit(amount, cost.dense_params, given=text, word=WORDS[kind]), text=text)
-        raise InputError(
-            f"{text!r} is no budget; write macs=50% (of the dense model), macs=2.7G or params=12M."
-            + near_matches(kind, WORDS)
-        )
+        hint = near_matches(kind, WORDS)
+        if kind == "latency":
+            hint = " Milliseconds are for flora compress without training."
+        raise InputError(f"{text!r} is no budget; write macs=50% (of the dense model), macs=2.7G or params=12M.{hint}")
 
     def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
         """What counts against the limit for the model materialized at `ranks`."""
@@ -51,17 +83,63 @@ class Budget:
         """The part of `cost_of` that one layer's rank decides."""
         return layer.macs(rank) if self.kind == "macs" else layer.weights(rank)
 
+    def describe(self, amount: int) -> str:
+        """An amount of what is counted, with its name."""
+        return f"{amount:,} {WORDS[self.kind]}"
 
-def check_reachable(budget: Budget, space: SearchSpace, cost: ModelCost) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyBudget:
+    """At most `limit` nanoseconds for one batch, as `latency` predicts them."""
+
+    limit: int
+    text: str
+    latency: LatencyModel
+
+    @classmethod
+    def parse(cls, text: str, table: LatencyTable) -> "LatencyBudget":
+        """The budget meant by `latency=0.6x` (of the dense model) or `latency=12ms`, at a batch size with `@b1`."""
+        amount, unit, batch = latency_parts(text)
+        latency = LatencyModel(table, batch=batch)
+        limit_ms = amount * latency.dense_ms if unit == "x" else amount
+        return cls(limit=round(NANOSECONDS * limit_ms), text=text, latency=latency)
+
+    def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
+        return self.latency.ns(ranks)
+
+    def left_for_layers(self, cost: ModelCost) -> int:
+        dense = sum(self.layer_cost(layer, "dense") for layer in cost.layers)
+        return self.limit - (self.cost_of(cost, cost.dense_ranks) - dense)
+
+    def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
+        return self.latency.layer_ns(layer.name, rank)
+
+    def describe(self, amount: int) -> str:
+        return f"{amount / NANOSECONDS:.3g} ms at batch {self.latency.batch}"
+
+
+def latency_parts(text: str) -> tuple[float, str, int]:
+    """Amount, unit (`x` or `ms`) and batch size of `latency=0.6x@b8`; `InputError` for anything else."""
+    found = re.fullmatch(r"latency=(\d*\.?\d+)(x|ms)(?:@b(\d+))?", text)
+    amount, batch = (float(found[1]), int(found[3] or USUAL_BATCH)) if found else (0.0, 0)
+    if not found or amount <= 0 or batch < 1 or (found[2] == "x" and amount > 1):
+        raise InputError(
+            f"{text!r} is no latency; write latency=0.6x (of the dense model, at most 1x) or latency=12ms, for a batch "
+            f"size other than {USUAL_BATCH} with @b1."
+        )
+    return amount, found[2], batch
+
+
+def check_reachable(budget: Limit, space: SearchSpace, cost: ModelCost) -> None:
     """Raise `InputError` when no subnet of `space` lies within `budget`; one above the largest subnet is no error."""
     dense, smallest, largest = (
         budget.cost_of(cost, ranks) for ranks in (cost.dense_ranks, space.smallest(), space.largest())
     )
     if budget.limit < smallest:
         raise InputError(
-            f"The budget {budget.text} ({budget.limit:,} {WORDS[budget.kind]}, {budget.limit / dense:.2%} of dense) is "
-            f"below the smallest subnet; the space reaches from {smallest:,} ({smallest / dense:.2%}) to {largest:,} "
-            f"({largest / dense:.2%}). Raise the budget, or give the space smaller ranks."
+            f"The budget {budget.text} ({budget.describe(budget.limit)}, {budget.limit / dense:.2%} of dense) is below "
+            f"the smallest subnet; the space reaches from {budget.describe(smallest)} ({smallest / dense:.2%}) to "
+            f"{budget.describe(largest)} ({largest / dense:.2%}). Raise the budget, or give the space smaller ranks."
         )
 
 

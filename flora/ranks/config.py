@@ -11,7 +11,7 @@ from flora.ranks.cost import LayerShape, Rank
 class RankConfig(Document):
     """`ranks.json`: a rank or "dense" for every target of `model`, and where the choice came from.
 
-    `selection` is the images that it was chosen on.
+    `latency_ms` is what a latency table predicts, `selection` is the images that it was chosen on.
     """
 
     model: str
@@ -19,6 +19,7 @@ class RankConfig(Document):
     budget: str | None = None
     macs: int | None = None
     params: int | None = None
+    latency_ms: float | None = None
     score: float | None = None
     origin: str | None = None
     selection: ImageSetRecord | None = None

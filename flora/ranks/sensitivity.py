@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from flora.ranks.allocate import Choice
-from flora.ranks.budget import Budget
+from flora.ranks.budget import Limit
 from flora.ranks.cost import LayerShape, ModelCost, Rank
 from flora.ranks.space import SearchSpace
 
@@ -51,7 +51,7 @@ class AdditiveModel:
         """The divergence of the model at `ranks`, in nats."""
         return sum(self.layer_error(name, rank) for name, rank in ranks.items())
 
-    def choices(self, space: SearchSpace, cost: ModelCost, budget: Budget) -> list[list[Choice]]:
+    def choices(self, space: SearchSpace, cost: ModelCost, budget: Limit) -> list[list[Choice]]:
         """Every rank choice of every layer, with what it costs of `budget` and the error that it adds."""
         return [
             [

@@ -361,7 +361,7 @@ def test_images_without_labels_need_a_fitness_that_needs_none(worked, image_fold
     ("budgets", "says"),
     [
         ((), "needs a budget"),
-        (("macs=60%", "macs=10%"), r"below the smallest subnet; the space reaches from 1,151,712 \(35.08%\)"),
+        (("macs=60%", "macs=10%"), r"below the smallest subnet; the space reaches from 1,151,712 MACs \(35.08%\)"),
         (("macs=60%", "macs=60%"), "given twice"),
         (("mac=60%",), "Did you mean macs"),
         (("macs=sixty",), "no MACs budget"),

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import MANIFEST
+from export.bundle import MANIFEST, load_bundle
 from flora.artifact import sha256_of_file
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import MODEL_WEIGHTS, load_model, load_model_folder, load_supernet
 from flora.lowrank.supernet import active_ranks
+from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import chosen_ranks
 from flora.pipeline.export import ExportRequest
+from flora.pipeline.latency import LatencyRequest
 from flora.pipeline.sensitivity import (
     SENSITIVITY,
     SensitivityReport,
@@ -23,7 +25,9 @@ from flora.pipeline.sensitivity import (
     measure_sensitivity,
 )
 from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
+from flora.provenance import device_facts
 from flora.ranks.config import RankConfig
+from flora.ranks.latency import LatencyModel, LatencyTable, ModelLatency, Site, SiteLatency
 from flora.resume import SETTINGS
 from flora.training.data import TimmImages
 from flora.training.selection import SelectionImages, log_probabilities
@@ -32,6 +36,7 @@ from tests.pipeline.steps import files, taken
 from tests.samples import GREY
 from tests.worked_example import FASHION, WorkedExample
 
+LAYERS = ("qkv", "proj", "fc1", "fc2")
 BUDGET, OTHER_BUDGET = "macs=60%", "params=55%"
 STEPS = ("factorizing", "probing layers", "materializing")
 EXPORT = "writing the compact model"
@@ -43,7 +48,7 @@ def request(worked: WorkedExample, **changes) -> TrainingFreeRequest:
         "select_data": f"{worked.selection},limit=40",
         "budget": BUDGET,
         "export": exported(worked),
-        "layers": ("qkv", "proj", "fc1", "fc2"),
+        "layers": LAYERS,
         "space": "multiples=2",
     }
     return TrainingFreeRequest(**defaults | changes)
@@ -235,3 +240,71 @@ def test_what_a_step_would_refuse_is_refused_before_anything_is_written(worked, 
 def test_a_factorized_model_is_refused(worked, whole, tmp_path):
     with pytest.raises(InputError, match="factorized already"):
         compress_training_free(load_model_folder(whole.out / "model"), tmp_path / "bundle", request(worked))
+
+
+def latency_table(worked: WorkedExample, file: Path) -> LatencyTable:
+    """A table for this device on which `fc1` is never faster factorized, and all else in proportion to its MACs."""
+    model = load_model(str(worked.dense))
+    shapes = trace_cost(model.module, find_targets(model.module, LAYERS), GREY.input_size).shapes
+    sites = []
+    for name, shape in shapes.items():
+        site = Site(in_features=shape.in_features, out_features=shape.out_features, tokens=shape.tokens)
+        top, dense_ms = shape.break_even_rank, shape.dense_weights / 1e5
+        slower = 2.0 if name.endswith("fc1") else 0.0
+        times = tuple(dense_ms * (slower + rank / top) for rank in (1, top))
+        common = {"site": site, "layers": (name,), "batch": 8, "precision": "fp32", "spread": 0.01}
+        sites.append(SiteLatency(dense_ms=dense_ms, ranks=(1, top), ms=times, **common))
+    sums = {"dense": sum(one.dense_ms for one in sites), "low": sum(one.at(1) for one in sites)}
+    ranks = {"dense": {}, "low": dict.fromkeys(shapes, 1)}
+    models = [
+        ModelLatency(name=name, ranks=ranks[name], batch=8, precision="fp32", ms=0.1 + total)
+        for name, total in sums.items()
+    ]
+    table = LatencyTable(
+        model=model.config.model,
+        device=device_facts(),
+        runtime=LatencyRequest(layers=LAYERS, threads=1).runtime_facts,
+        clocks={},
+        sites=tuple(sites),
+        models=tuple(models),
+        created="now",
+    )
+    table.save(file)
+    return table
+
+
+def test_a_budget_in_milliseconds_goes_by_the_table(worked, tmp_path):
+    table = latency_table(worked, tmp_path / "latency.json")
+    out = tmp_path / "bundle"
+    run(worked, out, request(worked, budget="latency=0.8x", latency_table=tmp_path / "latency.json"))
+    ranks = RankConfig.load(out.with_name("bundle.work") / "compact-latency-0.8x" / "ranks.json")
+    predicted = LatencyModel(table, batch=8)
+    assert ranks.latency_ms == pytest.approx(predicted.ms(ranks.ranks))
+    assert ranks.latency_ms <= 0.8 * predicted.dense_ms
+    assert all(rank == "dense" for name, rank in ranks.ranks.items() if name.endswith("fc1"))
+    assert any(rank != "dense" for rank in ranks.ranks.values())
+    assert {stats.batch_size for stats in load_bundle(out).manifest.latency.values()} == {8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "macs=60%"}, "serves a budget in milliseconds"),
+        ({"budget": "latency=0.01x"}, "below the smallest subnet"),
+        ({"budget": "latency=0.8x@b4"}, "no batch 4 in fp32"),
+        ({"budget": "latency=fast"}, "is no latency"),
+    ],
+)
+def test_a_budget_that_the_table_does_not_serve_is_refused_before_anything_is_made(worked, tmp_path, changes, message):
+    latency_table(worked, tmp_path / "latency.json")
+    with pytest.raises(InputError, match=message):
+        run(worked, tmp_path / "bundle", request(worked, latency_table=tmp_path / "latency.json", **changes))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latency.json"]
+
+
+def test_a_table_of_other_threads_is_refused(worked, tmp_path):
+    latency_table(worked, tmp_path / "latency.json")
+    export = exported(worked, threads=2)
+    asked = request(worked, budget="latency=0.8x", latency_table=tmp_path / "latency.json", export=export)
+    with pytest.raises(InputError, match="threads: 1, here 2"):
+        run(worked, tmp_path / "bundle", asked)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from flora.errors import InputError
-from flora.ranks.budget import Budget, check_reachable, macs_budget
+from flora.ranks.budget import WORDS, Budget, check_reachable, macs_budget
 from flora.ranks.cost import ModelCost
 from flora.ranks.space import space_from_ratios
 from tests.samples import random_ranks
@@ -87,5 +87,7 @@ def test_a_budget_is_reachable_from_the_smallest_subnet_on(vit_cost: ModelCost, 
     for limit in (smallest, vit_cost.dense_macs * 10):
         check_reachable(Budget.parse(f"{kind}={limit}", vit_cost), space, vit_cost)
     below = Budget.parse(f"{kind}={smallest - 1}", vit_cost)
-    with pytest.raises(InputError, match=rf"{kind}={smallest - 1}.*{smallest:,} \(.*%\) to .*100.00%.*Raise"):
+    with pytest.raises(
+        InputError, match=rf"{kind}={smallest - 1}.*{smallest:,} {WORDS[kind]} \(.*%\) to .*100.00%.*Raise"
+    ):
         check_reachable(below, space, vit_cost)

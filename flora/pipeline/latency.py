@@ -1,0 +1,277 @@
+"""Measuring a latency table: every shape of a model's linear layers at several ranks, and a few whole models."""
+
+import importlib.metadata
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from export.graphs import graph_at_ranks, linear_sites, site_graph
+from export.latency import settled_ms
+from export.onnx import onnx_from_module
+from export.runners import CPU, OnnxRunner, OpenVinoRunner, Runner
+from flora.artifact import Document
+from flora.errors import BackendMissingError, InputError, near_matches
+from flora.lowrank.checkpoint import LoadedModel
+from flora.lowrank.targets import find_targets, trace_cost
+from flora.pipeline.job import OnStart
+from flora.provenance import clocks, device_facts, now
+from flora.ranks.cost import ModelCost, Rank, break_even_rank
+from flora.ranks.latency import LatencyTable, ModelLatency, Site, SiteLatency
+from flora.resume import Job, WorkFolder
+
+# The precisions that each runtime can compute an FP32 graph in, and the packages that it comes from.
+RUNTIMES = {"ort-cpu": ("fp32",), "openvino": ("fp32", "bf16"), "ort-cuda": ("fp32",)}
+PACKAGES = {
+    "ort-cpu": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "ort-cuda": ("onnxruntime-gpu",),
+}
+MEASURED = "measured.json"
+DENSE = "dense.onnx"
+RANDOM_MODELS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyRequest:
+    """What to measure: `points` ranks of each shape, at each batch size and precision."""
+
+    layers: tuple[str, ...]
+    runtime: str = "ort-cpu"
+    batches: tuple[int, ...] = (1, 8)
+    precisions: tuple[str, ...] = ("fp32",)
+    threads: int = 1
+    points: int = 8
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.runtime not in RUNTIMES:
+            hint = near_matches(self.runtime, RUNTIMES)
+            raise InputError(f"{self.runtime!r} is no runtime; give one of {', '.join(RUNTIMES)}.{hint}")
+        allowed = RUNTIMES[self.runtime]
+        if not self.precisions or not set(self.precisions) <= set(allowed):
+            given = ", ".join(self.precisions) or "none"
+            raise InputError(f"{self.runtime} is measured in {' and '.join(allowed)}, given: {given}.")
+        if not self.batches or min(self.batches) < 1:
+            raise InputError(f"Batch sizes are at least 1, given: {', '.join(map(str, self.batches)) or 'none'}.")
+        if self.points < 2 or self.threads < 1:
+            raise InputError(f"At least 2 points and 1 thread are needed, got {self.points} and {self.threads}.")
+
+    @property
+    def conditions(self) -> list[tuple[int, str]]:
+        return [(batch, precision) for batch in self.batches for precision in self.precisions]
+
+    @property
+    def runtime_facts(self) -> dict[str, str]:
+        """What a table must have been measured with to be used; `BackendMissingError` without the runtime."""
+        for package in PACKAGES[self.runtime]:
+            try:
+                version = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            return {"runtime": self.runtime, package: version, "threads": str(self.threads)}
+        names = " or ".join(PACKAGES[self.runtime])
+        raise BackendMissingError(f"{self.runtime} needs {names}, which is not installed; see flora doctor.")
+
+    def open(self, path: Path, precision: str) -> Runner:
+        """A runner of the ONNX file `path`."""
+        if self.runtime == "openvino":
+            return OpenVinoRunner(path, threads=self.threads, precision=precision)
+        provider = CPU if self.runtime == "ort-cpu" else "CUDAExecutionProvider"
+        return OnnxRunner(path, threads=self.threads, providers=(provider,))
+
+
+class _Measured(Document):
+    """What an unfinished table has: results as they were timed, each with the reference's time beside it."""
+
+    sites: tuple[tuple[float, SiteLatency], ...] = ()
+    models: tuple[tuple[float, tuple[ModelLatency, ...]], ...] = ()
+
+
+def measure_latency(
+    model: LoadedModel,
+    out: Path,
+    request: LatencyRequest,
+    *,
+    on_start: OnStart = lambda done: None,
+    on_group: Callable[[int, int, str], None] = lambda done, of, what: None,
+) -> LatencyTable:
+    """Measure and write the file `out`; stopped, the same call goes on. `on_group` gets what is done, of how many.
+
+    Beside each group of graphs one and the same reference is timed: by it all are brought to one speed of the device.
+    """
+    if model.config.ranks:
+        raise InputError(f"{model.folder} is factorized already; measure the dense model.")
+    settings = model.config.preprocessing
+    cost = trace_cost(model.module, find_targets(model.module, request.layers), settings.input_size)
+    device, runtime = device_facts(), request.runtime_facts
+    known = _existing(out, request, model.config.model, cost, device, runtime)
+    on_start(known is not None)
+    if known is not None:
+        return known
+    job = Job(
+        settings={
+            "model": model.config.model,
+            "args": model.config.args,
+            "layers": [layer.name for layer in cost.layers],
+            "conditions": request.conditions,
+            "points": request.points,
+            **device,
+            **runtime,
+        }
+    )
+    work = WorkFolder.of(out)
+    work.open(job, restart=request.restart)
+    dense = work.file(DENSE)
+    if not dense.is_file():
+        onnx_from_module(model.module, dense, preprocessing=settings, max_batch=max(64, *request.batches))
+    graph = onnx.load(dense)
+    by_site: dict[Site, list[str]] = {}
+    for name, site in linear_sites(graph, cost.shapes).items():
+        by_site.setdefault(site, []).append(name)
+    progress = work.file(MEASURED)
+    measured = _Measured.load(progress) if progress.is_file() else _Measured()
+    groups = [(condition, site) for condition in request.conditions for site in by_site]
+    total = len(groups) + len(request.conditions)
+    timing = _Timing(request, graph, cost, next(iter(by_site)), work)
+    for condition, site in groups[len(measured.sites) :]:
+        on_group(len(measured.sites), total, f"{site}, batch {condition[0]}, {condition[1]}")
+        found = timing.site(site, tuple(by_site[site]), *condition)
+        measured = measured.model_copy(update={"sites": (*measured.sites, found)})
+        measured.save(progress)
+    for condition in request.conditions[len(measured.models) :]:
+        on_group(len(groups) + len(measured.models), total, f"whole models, batch {condition[0]}, {condition[1]}")
+        whole = timing.models(settings.input_size, *condition)
+        measured = measured.model_copy(update={"models": (*measured.models, whole)})
+        measured.save(progress)
+    sites, models = _at_one_speed(measured, request.conditions)
+    table = LatencyTable(
+        model=model.config.model,
+        device=device,
+        runtime=runtime,
+        clocks=clocks(),
+        sites=sites,
+        models=models,
+        created=now(),
+    )
+    table.save(out)
+    work.remove()
+    return table
+
+
+def _existing(
+    out: Path, request: LatencyRequest, model: str, cost: ModelCost, device: dict[str, str], runtime: dict[str, str]
+) -> LatencyTable | None:
+    """The table `out` where it holds what is asked for; `InputError` where another file is in its place."""
+    if not Path(out).exists():
+        return None
+    try:
+        table = LatencyTable.load(out)
+    except InputError as error:
+        raise InputError(f"{error} It is not replaced: give another file to write, or remove it.") from error
+    try:
+        table.check(model=model, layers=cost.shapes, device=device, runtime=runtime)
+    except InputError:
+        return None
+    covered = set(request.conditions) <= set(table.conditions)
+    return table if covered and not request.restart else None
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """Builds graphs in the work folder, opens them, and times them beside the reference."""
+
+    request: LatencyRequest
+    graph: ModelProto
+    cost: ModelCost
+    reference: Site
+    work: WorkFolder
+
+    def site(self, site: Site, layers: tuple[str, ...], batch: int, precision: str) -> tuple[float, SiteLatency]:
+        """The reference's milliseconds, and the site dense and at its ranks."""
+        ranks = _measured_ranks(site, self.request.points)
+        with ExitStack() as opened:
+            graphs: list[tuple[Site, Rank]] = [(site, "dense"), *((site, rank) for rank in ranks)]
+            graphs.append((self.reference, "dense"))
+            calls = [self._call(opened, *graph, batch, precision) for graph in graphs]
+            settled = settled_ms(calls, what=f"{site}, batch {batch} in {precision}")
+        dense_ms, *by_rank, reference = settled.medians_ms
+        return reference, SiteLatency(
+            site=site,
+            layers=layers,
+            batch=batch,
+            precision=precision,
+            dense_ms=dense_ms,
+            ranks=ranks,
+            ms=tuple(by_rank),
+            spread=max(settled.spreads),
+        )
+
+    def models(self, size: tuple[int, int, int], batch: int, precision: str) -> tuple[float, tuple[ModelLatency, ...]]:
+        """The reference's milliseconds, and those of whole models."""
+        images = np.random.default_rng(0).standard_normal((batch, *size)).astype(np.float32)
+        configs = _calibration_configs(self.cost)
+        with ExitStack() as opened:
+            calls: list[Callable[[], object]] = []
+            for ranks in configs.values():
+                path = self.work.file("model.onnx")
+                graph_at_ranks(self.graph, self.cost.shapes, ranks, path)
+                calls.append(partial(opened.enter_context(self.request.open(path, precision)), images))
+            calls.append(self._call(opened, self.reference, "dense", batch, precision))
+            settled = settled_ms(calls, what=f"whole models, batch {batch} in {precision}")
+        *times, reference = settled.medians_ms
+        return reference, tuple(
+            ModelLatency(name=name, ranks=ranks, batch=batch, precision=precision, ms=ms)
+            for (name, ranks), ms in zip(configs.items(), times, strict=True)
+        )
+
+    def _call(self, opened: ExitStack, site: Site, rank: Rank, batch: int, precision: str) -> Callable[[], object]:
+        path = self.work.file("layer.onnx")
+        site_graph(site, rank, batch, path, opset=self.graph.opset_import[0].version, ir_version=self.graph.ir_version)
+        runner = opened.enter_context(self.request.open(path, precision))
+        shape = (batch, site.tokens, site.in_features)
+        return partial(runner, np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+
+
+def _measured_ranks(site: Site, points: int) -> tuple[int, ...]:
+    """So many ranks, the last where two factors have as many MACs as the dense layer; multiples of 8 below if many."""
+    top = break_even_rank(site.in_features, site.out_features)
+    step = 8 if top >= 8 * points else 1
+    below = {max(step, int(rank) // step * step) for rank in np.linspace(step, top, points)[:-1]}
+    return (*sorted(below - {top}), top)
+
+
+def _calibration_configs(cost: ModelCost) -> dict[str, dict[str, Rank]]:
+    """Ranks of the whole models that are measured: from end to end, and mixed ones."""
+    configs: dict[str, dict[str, Rank]] = {"dense": cost.dense_ranks}
+    for name, share in (("eighth", 8), ("half", 2)):
+        configs[name] = {layer.name: max(1, layer.break_even_rank // share) for layer in cost.layers}
+    for seed in range(RANDOM_MODELS):
+        draw = random.Random(seed)
+        configs[f"mixed {seed + 1}"] = {
+            layer.name: draw.choice(["dense", *range(1, layer.break_even_rank)]) for layer in cost.layers
+        }
+    return configs
+
+
+def _at_one_speed(
+    measured: _Measured, conditions: list[tuple[int, str]]
+) -> tuple[tuple[SiteLatency, ...], tuple[ModelLatency, ...]]:
+    """All times as they were if the reference had always taken its median time."""
+    sites: list[SiteLatency] = []
+    models: list[ModelLatency] = []
+    for condition, (beside, whole) in zip(conditions, measured.models, strict=True):
+        group = [(ms, one) for ms, one in measured.sites if (one.batch, one.precision) == condition]
+        usual = float(np.median([ms for ms, _ in group]))
+        for ms, one in group:
+            speed = usual / ms
+            times = {"dense_ms": one.dense_ms * speed, "ms": tuple(value * speed for value in one.ms)}
+            sites.append(one.model_copy(update=times))
+        models += [one.model_copy(update={"ms": one.ms * usual / beside}) for one in whole]
+    return tuple(sites), tuple(models)

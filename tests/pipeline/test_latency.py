@@ -1,0 +1,158 @@
+"""A latency table of a real model on a real runtime, on a clock on which products take time by their size."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from flora.errors import BackendMissingError, InputError
+from flora.lowrank.checkpoint import LoadedModel, ModelConfig
+from flora.lowrank.targets import find_targets, trace_cost
+from flora.pipeline import latency
+from flora.pipeline.latency import LatencyRequest, measure_latency
+from flora.ranks.latency import LatencyModel, LatencyTable
+from tests.samples import GREY, IMAGE, random_ranks, tiny_args, tiny_model
+
+LAYERS = ("qkv", "proj", "fc1", "fc2")
+REQUEST = LatencyRequest(layers=LAYERS, batches=(1, 4), points=3)
+NS_A_MAC = 40
+
+
+class Device:
+    """A device on which a graph takes 1 ms and so many nanoseconds for each weight of its products and each image."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_ns, self.opened, self.speed = 0, 0, 1.0
+        monkeypatch.setattr(time, "perf_counter_ns", lambda: self.now_ns)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now_ns / 1e9)
+        real = LatencyRequest.open
+        device = self
+
+        class Timed:
+            def __init__(self, request: LatencyRequest, path: Path, precision: str) -> None:
+                device.opened += 1
+                self.runner = real(request, path, precision)
+                graph = onnx.load(path).graph
+                products = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
+                self.weights = sum(int(np.prod(t.dims)) for t in graph.initializer if t.name in products)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error) -> None:
+                self.runner.__exit__(*error)
+
+            def __call__(self, images: np.ndarray) -> np.ndarray:
+                device.now_ns += round(device.speed * (1e6 + NS_A_MAC * self.weights * len(images)))
+                return self.runner(images)
+
+        monkeypatch.setattr(LatencyRequest, "open", lambda request, path, precision: Timed(request, path, precision))
+
+
+@pytest.fixture
+def device(monkeypatch) -> Device:
+    return Device(monkeypatch)
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    config = ModelConfig(model="vit_tiny_patch16_224", args=tiny_args(), preprocessing=GREY)
+    return LoadedModel(module=tiny_model(), config=config)
+
+
+def test_a_table_predicts_models_that_it_has_not_seen(device, model, tmp_path):
+    table = measure_latency(model, tmp_path / "latency.json", REQUEST)
+    assert LatencyTable.load(tmp_path / "latency.json") == table
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latency.json"]
+    cost = trace_cost(model.module, find_targets(model.module, LAYERS), IMAGE)
+    for batch in REQUEST.batches:
+        predicted = LatencyModel(table, batch=batch)
+        assert max(map(abs, predicted.errors().values())) < 1e-3
+        for seed in range(3):
+            ranks = random_ranks(cost, seed)
+            weights = sum(cost.shapes[name].weights(rank) for name, rank in ranks.items())
+            dense = sum(layer.dense_weights for layer in cost.layers)
+            slower_ms = NS_A_MAC * batch * (dense - weights) / 1e6
+            assert predicted.dense_ms - predicted.ms(ranks) == pytest.approx(slower_ms, rel=0.05)
+
+
+def test_stopped_it_goes_on_and_times_nothing_twice(device, model, tmp_path):
+    whole = measure_latency(model, tmp_path / "whole.json", REQUEST)
+    needed, device.opened = device.opened, 0
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(done: int, of: int, what: str) -> None:
+        if done == 5:
+            raise StoppedError
+
+    out = tmp_path / "latency.json"
+    with pytest.raises(StoppedError):
+        measure_latency(model, out, REQUEST, on_group=stop)
+    assert not out.exists()
+    assert 0 < device.opened < needed
+    resumed = measure_latency(model, out, REQUEST)
+    assert device.opened == needed
+    assert resumed.sites == whole.sites
+    assert resumed.models == whole.models
+
+
+def test_a_device_that_changes_its_speed_between_groups_gives_the_same_table(device, model, tmp_path):
+    steady = measure_latency(model, tmp_path / "steady.json", REQUEST)
+
+    def slower(done: int, of: int, what: str) -> None:
+        device.speed = 1.5 if done in (1, 9) else 1.0
+
+    drifting = measure_latency(model, tmp_path / "drifting.json", REQUEST, on_group=slower)
+    for one, other in zip(steady.sites, drifting.sites, strict=True):
+        assert other.ms == pytest.approx(one.ms, rel=1e-6)
+    assert [one.ms for one in drifting.models] == pytest.approx([one.ms for one in steady.models], rel=1e-6)
+
+
+def test_a_finished_table_is_left_alone_unless_more_is_asked_for(device, model, tmp_path, monkeypatch):
+    out = tmp_path / "latency.json"
+    first = measure_latency(model, out, REQUEST)
+    device.opened, said = 0, []
+    assert measure_latency(model, out, REQUEST, on_start=said.append) == first
+    assert (device.opened, said) == (0, [True])
+    more = LatencyRequest(layers=LAYERS, batches=(1, 4, 2), points=3)
+    assert measure_latency(model, out, more).conditions == [(1, "fp32"), (4, "fp32"), (2, "fp32")]
+    monkeypatch.setattr(latency, "device_facts", lambda: {"cpu": "another"})
+    assert measure_latency(model, out, REQUEST).device == {"cpu": "another"}
+
+
+def test_what_is_no_table_is_not_replaced(device, model, tmp_path):
+    out = tmp_path / "notes.json"
+    out.write_text("{}")
+    with pytest.raises(InputError, match="It is not replaced"):
+        measure_latency(model, out, REQUEST)
+    assert out.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runtime": "ort"}, "no runtime; give one of .* Did you mean"),
+        ({"precisions": ("int8",)}, "ort-cpu is measured in fp32, given: int8"),
+        ({"batches": (0,)}, "at least 1, given: 0"),
+        ({"points": 1}, "At least 2 points"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        LatencyRequest(**{"layers": LAYERS, **changes})
+
+
+def test_a_factorized_model_is_refused(model, tmp_path):
+    config = model.config.model_copy(update={"ranks": {"blocks.0.attn.qkv": 3}})
+    with pytest.raises(InputError, match="measure the dense model"):
+        measure_latency(LoadedModel(module=model.module, config=config), tmp_path / "latency.json", REQUEST)
+
+
+def test_a_runtime_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setitem(latency.PACKAGES, "openvino", ("openvino-of-tomorrow",))
+    with pytest.raises(BackendMissingError, match="openvino needs openvino-of-tomorrow"):
+        _ = LatencyRequest(layers=LAYERS, runtime="openvino").runtime_facts
