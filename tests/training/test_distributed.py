@@ -116,6 +116,7 @@ def write_patience(place: dict[str, str], begin: Callable[[], object], file: Pat
     begin()
     backend = distributed.group.WORLD._get_backend(torch.device("cpu"))
     file.write_text(f"{distributed.get_backend()} {backend.options._timeout.total_seconds()}")
+    distributed.barrier()  # the other one would find nobody to meet if this one ended now
 
 
 @pytest.mark.parametrize(
