@@ -27,6 +27,7 @@ from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
 from flora.provenance import device_facts
 from flora.ranks.budget import Budget, LatencyBudget, check_reachable, latency_parts
+from flora.ranks.cost import ModelCost
 from flora.ranks.latency import LatencyTable
 from flora.ranks.space import space_from_text
 from flora.training.data import TimmImages
@@ -78,7 +79,8 @@ class TrainingFreeRequest:
         if self.latency is None:
             return self.export
         (batch,) = self.latency.batches
-        return replace(self.export, batches=(1, batch, max(64, batch)), threads=self.latency.threads)
+        smallest, _, largest = self.export.batches
+        return replace(self.export, batches=(smallest, batch, max(largest, batch)), threads=self.latency.threads)
 
 
 def compress_training_free(
@@ -97,7 +99,7 @@ def compress_training_free(
     calibration, selection = request.image_sets
     processes(request.device)
     steps = folder_of_steps(out)
-    _refuse_early(model, request)
+    cost = _refuse_early(model, request)
     supernet, probed = steps / "supernet", steps / "sensitivity"
     compact = steps / f"compact-{budget_slug(request.budget)}"
     if request.restart:
@@ -106,7 +108,7 @@ def compress_training_free(
     def begins(what: str) -> OnStart:
         return lambda done: None if done else on_step(what)
 
-    table = _latency_table(model, steps, request, on_step)
+    table = _latency_table(model, cost, steps, request, on_step)
     if is_main():
         model.module.to(request.device)
         build(
@@ -135,12 +137,15 @@ def compress_training_free(
 
 
 def _latency_table(
-    model: LoadedModel, steps: Path, request: TrainingFreeRequest, on_step: Callable[[str], None]
+    model: LoadedModel,
+    cost: ModelCost,
+    steps: Path,
+    request: TrainingFreeRequest,
+    on_step: Callable[[str], None],
 ) -> LatencyTable | None:
     """The table that is given, or one that is measured here, and the budget is within its reach."""
     if request.latency is None:
         return None
-    cost = trace_cost(model.module, find_targets(model.module, request.layers), model.config.preprocessing.input_size)
     if request.latency_table is not None:
         table = LatencyTable.load(request.latency_table)
         table.check(
@@ -165,8 +170,8 @@ def _latency_table(
     return table
 
 
-def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> None:
-    """Raise `InputError` for what a later step would refuse after minutes: budget, engines, images."""
+def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
+    """The model's cost; `InputError` for what a later step would refuse after minutes: budget, engines, images."""
     if model.config.ranks:
         raise InputError(f"{model.folder} is factorized already; compress the dense model.")
     preprocessing = model.config.preprocessing
@@ -191,3 +196,4 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> None:
     selection.refuse_overlap(calibration, own_role="selection", other_role="calibration")
     for role, seen in (("calibration", calibration), ("selection", selection)):
         evaluation.refuse_overlap(seen, own_role="evaluation", other_role=role)
+    return cost

@@ -1,9 +1,10 @@
 """The budget of a search: the most MACs, parameters or milliseconds that the compact model may take."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from flora.errors import InputError, near_matches
 from flora.ranks.cost import LayerShape, ModelCost, Rank
@@ -14,44 +15,40 @@ CostKind = Literal["macs", "params"]
 WORDS = {"macs": "MACs", "params": "parameters"}
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-
 # What a budget in milliseconds is timed at where its text names no batch size.
 USUAL_BATCH = 8
 
 
-class Limit(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Limit(ABC):
     """A limit on what a model costs, in whole numbers that add up over its layers; `text` is how the user wrote it."""
 
-    @property
-    def limit(self) -> int: ...
+    limit: int
+    text: str
 
-    @property
-    def text(self) -> str: ...
-
+    @abstractmethod
     def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
         """What counts against the limit for the model materialized at `ranks`."""
-        ...
+
+    @abstractmethod
+    def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
+        """The part of `cost_of` that one layer's rank decides."""
+
+    @abstractmethod
+    def describe(self, amount: int) -> str:
+        """An amount of what is counted, with its unit."""
 
     def left_for_layers(self, cost: ModelCost) -> int:
         """The limit less what no rank changes: what `layer_cost` of all layers may add up to."""
-        ...
-
-    def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
-        """The part of `cost_of` that one layer's rank decides."""
-        ...
-
-    def describe(self, amount: int) -> str:
-        """An amount of it with its unit."""
-        ...
+        dense = sum(self.layer_cost(layer, "dense") for layer in cost.layers)
+        return self.limit - (self.cost_of(cost, cost.dense_ranks) - dense)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """At most `limit` MACs or parameters; `text` is how the user wrote it."""
+class Budget(Limit):
+    """At most `limit` MACs or parameters."""
 
     kind: CostKind
-    limit: int
-    text: str
 
     def __post_init__(self) -> None:
         if self.kind not in WORDS or self.limit < 1:
@@ -71,29 +68,19 @@ class Budget:
         raise InputError(f"{text!r} is no budget; write macs=50% (of the dense model), macs=2.7G or params=12M.{hint}")
 
     def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
-        """What counts against the limit for the model materialized at `ranks`."""
         return cost.macs(ranks) if self.kind == "macs" else cost.params(ranks)
 
-    def left_for_layers(self, cost: ModelCost) -> int:
-        """The limit less what no rank changes: what `layer_cost` of all layers may add up to."""
-        dense = sum(self.layer_cost(layer, "dense") for layer in cost.layers)
-        return self.limit - (self.cost_of(cost, cost.dense_ranks) - dense)
-
     def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
-        """The part of `cost_of` that one layer's rank decides."""
         return layer.macs(rank) if self.kind == "macs" else layer.weights(rank)
 
     def describe(self, amount: int) -> str:
-        """An amount of what is counted, with its name."""
         return f"{amount:,} {WORDS[self.kind]}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyBudget:
+class LatencyBudget(Limit):
     """At most `limit` nanoseconds for one batch, as `latency` predicts them."""
 
-    limit: int
-    text: str
     latency: LatencyModel
 
     @classmethod
@@ -106,10 +93,6 @@ class LatencyBudget:
 
     def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
         return self.latency.ns(ranks)
-
-    def left_for_layers(self, cost: ModelCost) -> int:
-        dense = sum(self.layer_cost(layer, "dense") for layer in cost.layers)
-        return self.limit - (self.cost_of(cost, cost.dense_ranks) - dense)
 
     def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
         return self.latency.layer_ns(layer.name, rank)
