@@ -43,15 +43,13 @@ def linear_sites(model: ModelProto, layers: Mapping[str, LayerShape]) -> dict[st
     }
 
 
-def site_graph(site: Site, rank: Rank, batch: int, path: Path, *, opset: int, ir_version: int) -> None:
+def site_graph(
+    site: Site, rank: Rank, batch: int, path: Path, *, pivoted: bool = False, opset: int, ir_version: int
+) -> None:
     """Write the graph of one layer: `x` [batch, tokens, in_features] to `y` [batch, tokens, out_features]."""
     rows = [batch, site.tokens]
-    weights = _weights(site.in_features, site.out_features, rank)
-    constants = {f"w{i}": weight for i, weight in enumerate(weights)}
-    nodes, flowing = [], INPUT
-    for name in constants:
-        nodes.append(helper.make_node("MatMul", [flowing, name], [f"{name}_out"]))
-        flowing = f"{name}_out"
+    nodes, constants = _products(INPUT, "product", site.in_features, site.out_features, rank, pivoted=pivoted)
+    flowing = nodes[-1].output[0]
     for i, operator in enumerate(site.after):
         inputs = [flowing]
         if operator in ("Add", "Mul", RESIDUAL):
@@ -73,22 +71,33 @@ def site_graph(site: Site, rank: Rank, batch: int, path: Path, *, opset: int, ir
     onnx.save(model, path)
 
 
-def graph_at_ranks(model: ModelProto, shapes: Mapping[str, LayerShape], ranks: Mapping[str, Rank], path: Path) -> None:
-    """Write the dense `model` with two factors of random weights in place of each layer that `ranks` factorizes."""
+def graph_at_ranks(
+    model: ModelProto,
+    shapes: Mapping[str, LayerShape],
+    ranks: Mapping[str, Rank],
+    path: Path,
+    pivoted: Collection[str] = (),
+) -> None:
+    """Write the dense `model` with factors of random weights in place of each layer that `ranks` factorizes.
+
+    The `pivoted` layers get the pivoted form, at any rank below the full one.
+    """
     changed = ModelProto()
     changed.CopyFrom(model)
     graph = changed.graph
     for name, node in _linear_nodes(changed, shapes).items():
-        if not shapes[name].is_factored(ranks[name]):
+        shape, rank = shapes[name], ranks[name]
+        if not (shape.is_factored(rank) or (name in pivoted and rank != "dense")):
             continue
-        down, up = _weights(shapes[name].in_features, shapes[name].out_features, ranks[name])
-        names = [f"{name}.down", f"{name}.up"]
-        graph.initializer.extend(
-            numpy_helper.from_array(value, key) for value, key in zip((down, up), names, strict=True)
+        nodes, constants = _products(
+            node.input[0], name, shape.in_features, shape.out_features, rank, pivoted=name in pivoted
         )
-        first = helper.make_node("MatMul", [node.input[0], names[0]], [f"{name}.inner"])
-        node.input[:] = [f"{name}.inner", names[1]]
-        graph.node.insert(list(graph.node).index(node), first)
+        nodes[-1].output[0] = node.output[0]
+        graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in constants.items())
+        place = list(graph.node).index(node)
+        del graph.node[place]
+        for offset, new in enumerate(nodes):
+            graph.node.insert(place + offset, new)
     used = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
@@ -126,8 +135,22 @@ def _after(node: NodeProto, consumers: Mapping[str, list[NodeProto]], constants:
     return tuple(operators)
 
 
-def _weights(in_features: int, out_features: int, rank: Rank) -> list[np.ndarray]:
-    """One matrix [in, out], or two factors [in, rank] and [rank, out], so scaled that no number overflows."""
-    widths = [in_features, out_features] if rank == "dense" else [in_features, rank, out_features]
+def _products(
+    x: str, name: str, in_features: int, out_features: int, rank: Rank, *, pivoted: bool
+) -> tuple[list[NodeProto], dict[str, np.ndarray]]:
+    """Nodes from `x` on, the last of which gives the layer's output without bias, and their random weights.
+
+    One matrix [in, out], or two [in, rank] and [rank, out]; pivoted, the second is [rank, out - rank], and what both
+    give is joined. Weights are so scaled that no number overflows.
+    """
+    last = out_features - rank if pivoted and rank != "dense" else out_features
+    widths = [in_features, last] if rank == "dense" else [in_features, rank, last]
     rng = np.random.default_rng(0)
-    return [(rng.standard_normal((a, b)) * a**-0.5).astype(np.float32) for a, b in itertools.pairwise(widths)]
+    nodes, constants, flowing = [], {}, [x]
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        constants[f"{name}.w{i}"] = (rng.standard_normal((a, b)) * a**-0.5).astype(np.float32)
+        nodes.append(helper.make_node("MatMul", [flowing[-1], f"{name}.w{i}"], [f"{name}.y{i}"]))
+        flowing.append(f"{name}.y{i}")
+    if last < out_features:
+        nodes.append(helper.make_node("Concat", flowing[1:], [f"{name}.y"], axis=-1))
+    return nodes, constants

@@ -10,13 +10,14 @@ import torch
 from export.engines import EngineSpec, engine_from_onnx
 from export.onnx import onnx_from_module
 from export.runners import CPU, OnnxRunner
+from flora.lowrank.replay import Replay
 from flora.lowrank.supernet import active_ranks, build_supernet
 from flora.lowrank.targets import find_targets, trace_cost
-from flora.ranks.space import space_from_ratios
+from flora.ranks.space import block_name, space_from_ratios
 from flora.ranks.uniform import uniform_ranks
 from flora.training.data import TimmImages
 from flora.training.evaluate import logits_of
-from flora.training.filtering import _Replay, score_block
+from flora.training.filtering import score_block
 from flora.training.selection import SelectionImages, log_probabilities
 from tests.samples import GREY, IMAGE, random_images, tiny_model
 
@@ -67,8 +68,11 @@ def test_filtering_on_the_gpu_scores_as_on_the_cpu_and_keeps_its_inputs_off_it(s
     supernet.cuda()
     on_gpu = score_block(supernet, space, vit_cost, 1, images, dense)
     assert on_gpu.errors == pytest.approx(on_cpu.errors, rel=1e-2, abs=1e-4)
-    with active_ranks(supernet, space.largest()), _Replay(supernet, space, 1, images) as replay:
-        assert {kept.device.type for kept in replay._inputs} == {"cpu"}
+    blocks = [block_name(block[0]) for block in space.blocks]
+    replay = Replay(supernet, blocks, lambda: (batch for batch, _ in images.batches()))
+    replay.move_to(1)
+    assert replay._inputs
+    assert {kept.device.type for kept in replay._inputs} == {"cpu"}
 
 
 def test_onnx_runtime_on_the_gpu_equals_the_cpu(onnx_file: Path):

@@ -72,8 +72,9 @@ def command(
 ) -> None:
     """Measure the linear layers of MODEL on this device, dense and at several ranks, as its ONNX file holds them.
 
-    Each shape is timed once, with the bias, the activation or the sum that follows it; a few whole models at mixed
-    ranks show what all else costs. Medians are repeated until they have settled, and refused where the device is too
+    Each shape is timed once, with the bias, the activation or the sum that follows it: dense, as two factors, and in
+    pivoted form (the same product from fewer MACs, whose outputs must be joined). A few whole models at mixed ranks
+    show what all else costs. Medians are repeated until they have settled, and refused where the device is too
     busy. Stopped, the same command goes on; finished, it does nothing. MODEL is a name of timm or a model folder:
     weights do not matter.
     """
@@ -112,6 +113,7 @@ def command(
                         "precision": one.precision,
                         "macs": break_even_rank(one.site.in_features, one.site.out_features),
                         "measured": one.break_even_rank,
+                        "pivoted": one.fastest_pivoted,
                     }
                     for one in table.sites
                 ],
@@ -130,7 +132,10 @@ def command(
         )
         return
     print_table(
-        ["layers", "batch", "precision", "dense, ms", "break-even rank by MACs", "measured", "uncertain by"],
+        [
+            *("layers", "batch", "precision", "dense, ms", "break-even rank by MACs", "measured"),
+            *("pivoted form fastest at ranks", "uncertain by"),
+        ],
         [
             [
                 f"{len(one.layers)} of {one.site}",
@@ -139,6 +144,7 @@ def command(
                 f"{one.dense_ms:.3f}",
                 str(break_even_rank(one.site.in_features, one.site.out_features)),
                 str(one.break_even_rank),
+                _extent(one.fastest_pivoted),
                 f"{one.spread:.1%}",
             ]
             for one in table.sites
@@ -160,3 +166,7 @@ def command(
         ],
     )
     print(f"Wrote the latency table {out}")
+
+
+def _extent(ranks: list[int]) -> str:
+    return f"{ranks[0]} to {ranks[-1]}" if ranks else "none"

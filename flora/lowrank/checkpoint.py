@@ -63,8 +63,26 @@ class TrainingRecord(BaseModel):
     changes: tuple[dict[str, Any], ...] = ()
 
 
+class Compensation(BaseModel):
+    """Factors fitted again on so many images: the divergence from the dense model before and after, in nats."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    before: float
+    after: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the new factors are kept."""
+        return self.after < self.before
+
+
 class ModelConfig(Document):
-    """`config.json` of a model folder. `ranks` is empty in a dense model; `image_sets` is what it has seen, by role."""
+    """`config.json` of a model folder. `ranks` is empty in a dense model; `image_sets` is what it has seen, by role.
+
+    The `pivoted` layers are two factors here, too, and get their form when the model is exported.
+    """
 
     kind: Literal["flora model"] = "flora model"
     model: str
@@ -72,6 +90,8 @@ class ModelConfig(Document):
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     ranks: dict[str, Rank] = {}
+    pivoted: tuple[str, ...] = ()
+    compensation: Compensation | None = None
     reference: Reference | None = None
     image_sets: dict[Role, ImageSetRecord] = {}
     training: tuple[TrainingRecord, ...] = ()
@@ -237,7 +257,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
     for name, layer in linear_layers(module, config.ranks).items():
         rank = config.ranks[name]
         shape = LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=1)
-        if shape.is_factored(rank):
+        if rank != "dense" and (shape.is_factored(rank) or name in config.pivoted):
             down = nn.Linear(layer.in_features, rank, bias=False)
             module.set_submodule(name, pair(down, nn.Linear(rank, layer.out_features, bias=layer.bias is not None)))
     load_weights(module, read_weights(folder / MODEL_WEIGHTS), origin=str(folder / MODEL_WEIGHTS))
@@ -268,7 +288,9 @@ def reference_from_path(config: ModelConfig, path: Path) -> LoadedModel:
     weights = next((file for file in inside if file.is_file()), None)
     if weights is None:
         raise InputError(f"{path} is no dense reference; give a weights file, or a model or supernet folder.")
-    dense = config.model_copy(update={"ranks": {}, "reference": None, "image_sets": {}, "training": ()})
+    dense = ModelConfig(
+        model=config.model, args=config.args, preprocessing=config.preprocessing, class_names=config.class_names
+    )
     module = create_timm_model(dense.model, dense.args)
     load_weights(module, read_weights(weights), origin=str(weights))
     return LoadedModel(module=module, config=dense, folder=weights.parent)

@@ -46,19 +46,27 @@ def factorize_activation(layer: nn.Linear, statistics: InputStatistics) -> Facto
     weight = layer.weight.detach().double()
     mean = None if layer.bias is None else statistics.mean
     moment = statistics.second_moment if mean is None else statistics.covariance
-    # With more outputs than inputs W has rank `in`: work in an orthonormal basis of its column space.
-    basis, core = torch.linalg.qr(weight) if layer.out_features > layer.in_features else (None, weight)
-    energies, vectors = torch.linalg.eigh(core @ moment @ core.T)
-    vectors = vectors.flip(1)  # eigh sorts upwards
-    down = vectors.T @ core
+    up, down, energies = nested_factors(weight, moment)
     return _factors(
         layer,
         down,
-        vectors if basis is None else basis @ vectors,
+        up,
         None if mean is None else -(down @ mean),
         None if mean is None else weight @ mean + layer.bias.detach().double(),
-        energies.flip(0).clamp(min=0),
+        energies,
     )
+
+
+def nested_factors(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`up` [out, f] and `down` [f, in] of a matrix [out, in] for inputs of this moment [in, in], and energies [f].
+
+    `up` holds the eigenvectors of W C W^T, the largest first, and `down` = `up`^T W.
+    """
+    # With more outputs than inputs W has rank `in`: work in an orthonormal basis of its column space.
+    basis, core = torch.linalg.qr(weight) if len(weight) > weight.shape[1] else (None, weight)
+    energies, vectors = torch.linalg.eigh(core @ moment @ core.T)
+    vectors = vectors.flip(1)  # eigh sorts upwards
+    return vectors if basis is None else basis @ vectors, vectors.T @ core, energies.flip(0).clamp(min=0)
 
 
 def _factors(

@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,22 +14,25 @@ from flora.ranks.cost import Rank
 
 
 @torch.no_grad()
-def materialize(supernet: nn.Module, ranks: Mapping[str, Rank]) -> nn.Module:
+def materialize(supernet: nn.Module, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> nn.Module:
     """A new model that equals `supernet` under `ranks`; the supernet is left as it was.
 
     A layer becomes two linears (`down` without bias, `up` with the folded bias), or one with the dense product where
-    its rank is at or above break-even.
+    its rank is at or above break-even. A layer that is to be `pivoted` at export stays two at any rank.
     """
     with active_ranks(supernet, ranks):
         # deepcopy takes what its memo already holds, so the large factors are never copied.
-        plain = {id(layer): _plain(layer) for layer in elastic_layers(supernet).values()}
+        plain = {
+            id(layer): _plain(layer, as_pair=layer.is_factored or (name in pivoted and ranks[name] != "dense"))
+            for name, layer in elastic_layers(supernet).items()
+        }
         return copy.deepcopy(supernet, plain)
 
 
-def _plain(layer: ElasticLinear) -> nn.Module:
+def _plain(layer: ElasticLinear, *, as_pair: bool) -> nn.Module:
     down, up, _ = layer.sliced()
     bias = layer.folded_bias()
-    if not layer.is_factored:
+    if not as_pair:
         return _linear(up @ down, bias)
     return pair(_linear(down, None), _linear(up, bias))
 
@@ -36,6 +40,11 @@ def _plain(layer: ElasticLinear) -> nn.Module:
 def pair(down: nn.Linear, up: nn.Linear) -> nn.Sequential:
     """The factorized form of a linear layer, with the names that its weights have in every file."""
     return nn.Sequential(OrderedDict(down=down, up=up))
+
+
+def factors_of(pair: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    """The two linears, `down` and `up`, of a layer in its factorized form."""
+    return cast(nn.Linear, pair.get_submodule("down")), cast(nn.Linear, pair.get_submodule("up"))
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -75,17 +75,18 @@ def collect_statistics(
     """Run `batches` of images [B, C, H, W] through `model` and return the statistics of what each of `layers` receives.
 
     With `weigh_tokens` a token counts by how much the model's answer depends on the layer's output there (see
-    `_add_weighted`); the model must give logits [B, classes]. Raises `InputError` when there are no images, and naming
+    `_with_weights`); the model must give logits [B, classes]. Raises `InputError` when there are no images, and naming
     the layer when an activation is not finite.
     """
     device = next(model.parameters()).device
     sums = {name: _Sums(layer.in_features, device) for name, layer in layers.items()}
     draw = torch.Generator().manual_seed(0)
-    with _frozen(model):
+    with frozen(model):
         for images in batches:
             if weigh_tokens:
                 for few_images in images.to(device).split(IMAGES_OF_A_GRADIENT):
-                    _add_weighted(model, few_images, layers, sums, draw)
+                    for name, (inputs, weight) in _with_weights(model, few_images, layers, draw).items():
+                        sums[name].add(inputs, weight)
             else:
                 _add_plain(model, images.to(device), layers, sums)
     if any(part.tokens == 0 for part in sums.values()):
@@ -102,10 +103,10 @@ def _add_plain(model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear]
 
 
 @torch.enable_grad()
-def _add_weighted(
-    model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear], sums: Mapping[str, _Sums], draw: torch.Generator
-) -> None:
-    """Add what `images` give, a token weighing ||dL/dy||, y being the layer's output at that token.
+def _with_weights(
+    model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear], draw: torch.Generator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each layer receives from `images`, and the weights of its tokens: ||dL/dy||, y being its output at one.
 
     L is the model's own log-likelihood of a label drawn from its prediction, so no labels are needed. To first order,
     a change of y moves L by at most sum ||dL/dy|| ||dy|| <= sqrt(sum ||dL/dy||) sqrt(sum ||dL/dy|| ||dy||^2), and the
@@ -123,8 +124,25 @@ def _add_weighted(
         weights = [gradient.float().norm(dim=-1) + SMALLEST_WEIGHT for gradient in gradients]
     else:
         weights = [torch.ones_like(output[..., 0]) for _, output in seen.values()]
-    for (name, (inputs, _)), weight in zip(seen.items(), weights, strict=True):
-        sums[name].add(inputs, weight)
+    return {name: (inputs, weight) for (name, (inputs, _)), weight in zip(seen.items(), weights, strict=True)}
+
+
+def token_weights(
+    model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Linear]
+) -> dict[str, list[Tensor]]:
+    """For each layer and batch of images the weights of its tokens, as `collect_statistics` weighs them."""
+    device = next(model.parameters()).device
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    draw = torch.Generator().manual_seed(0)
+    with frozen(model):
+        for images in batches:
+            parts = [
+                _with_weights(model, few_images, layers, draw)
+                for few_images in images.to(device).split(IMAGES_OF_A_GRADIENT)
+            ]
+            for name, weights in found.items():
+                weights.append(torch.cat([part[name][1].detach().cpu().flatten() for part in parts]))
+    return found
 
 
 def _forward(
@@ -145,7 +163,7 @@ def _forward(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and its parameters without gradients inside the block, as they were behind it."""
     training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

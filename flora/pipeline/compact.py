@@ -1,6 +1,7 @@
 """From a supernet and a choice of ranks to a compact model."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from flora.errors import InputError
@@ -11,6 +12,7 @@ from flora.lowrank.checkpoint import (
     LoadedSupernet,
     ModelConfig,
     content_digest,
+    load_model_folder,
     load_supernet,
     save_model,
 )
@@ -68,11 +70,12 @@ def compact_from_supernet(supernet: LoadedSupernet, ranks: RankConfig) -> Loaded
         preprocessing=supernet.config.preprocessing,
         class_names=supernet.config.class_names,
         ranks=ranks.ranks,
+        pivoted=ranks.pivoted,
         reference=supernet.reference,
         image_sets=image_sets,
         training=supernet.config.training,
     )
-    return LoadedModel(module=materialize(supernet.module, ranks.ranks), config=config)
+    return LoadedModel(module=materialize(supernet.module, ranks.ranks, ranks.pivoted), config=config)
 
 
 def materialize_job(source: Path, ranks: RankConfig, out: Path, *, on_start: OnStart) -> None:
@@ -88,6 +91,13 @@ def materialize_job(source: Path, ranks: RankConfig, out: Path, *, on_start: OnS
         cut = compact_from_supernet(load_supernet(source), ranks)
         save_model(out, cut.module, cut.config, ranks=ranks, extra={SETTINGS: job})
     wait()
+
+
+def with_reference_of(compact: Path, later: Path) -> LoadedModel:
+    """The model in folder `later`, made from `compact`, which knows where the dense one lies now if all has moved."""
+    model = load_model_folder(later)
+    reference = ModelConfig.load(compact / MODEL_CONFIG).reference
+    return replace(model, config=model.config.model_copy(update={"reference": reference}))
 
 
 def _knows_dense_of(source: Path, out: Path) -> bool:

@@ -5,7 +5,7 @@ a step is done again only where what it comes from or its settings have changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +15,10 @@ from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
 from flora.errors import BadLossError, InputError
 from flora.imagesets import ImageSetRecord, ImageSetSpec, at_most
-from flora.lowrank.checkpoint import MODEL_CONFIG, RANK_CONFIG, LoadedModel, ModelConfig, load_model_folder
+from flora.lowrank.checkpoint import RANK_CONFIG, LoadedModel
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
-from flora.pipeline.compact import materialize_job
+from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates, training_record
@@ -210,11 +210,7 @@ def compress(
         train_step(compact, tuned, request.finetune_epochs, "fine-tuning")
         shipped = tuned
     if is_main():
-        # Where all has moved since the fine-tuning, the compact model knows where the dense one lies now.
-        model = load_model_folder(shipped)
-        reference = ModelConfig.load(compact / MODEL_CONFIG).reference
-        model = replace(model, config=model.config.model_copy(update={"reference": reference}))
-        export_job(model, request.export, out, on_start=on_start, on_step=on_step)
+        export_job(with_reference_of(compact, shipped), request.export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
 

@@ -1,11 +1,13 @@
 """From a compact model to a verified bundle: export, engines, verification, latency, recommendation, manifest."""
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from export.benchmark import LatencyStats, paired_latency
 from export.bundle import (
@@ -26,7 +28,7 @@ from export.runners import OnnxRunner, Runner
 from export.torch_runner import TorchRunner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.artifact import check_replaceable, new_folder
-from flora.errors import InputError
+from flora.errors import InputError, few
 from flora.imagesets import ImageSetRecord
 from flora.lowrank.checkpoint import (
     LoadedModel,
@@ -37,6 +39,7 @@ from flora.lowrank.checkpoint import (
     load_supernet,
     save_model,
 )
+from flora.lowrank.pivot import pivot_layers
 from flora.lowrank.targets import trace_cost
 from flora.lowrank.weights import weights_digest
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
@@ -95,6 +98,7 @@ class _Exported:
     role: str
     model: LoadedModel
     path: str
+    module: nn.Module
     stages: list[str] = field(default_factory=list)
 
     @property
@@ -175,10 +179,14 @@ def export_bundle(
     check_classes(images, getattr(source.module, "num_classes", None))
     record = certified_record(images, {**source.config.image_sets})
     name = "factorized" if source.config.ranks else "dense"
-    compact = _Exported(name=name, role="candidate", model=source, path="onnx/model-fp32.onnx")
+    module, not_pivoted = _pivoted(source)
+    compact = _Exported(name=name, role="candidate", model=source, path="onnx/model-fp32.onnx", module=module)
     exported = [compact]
     if dense is not None:
-        exported.insert(0, _Exported(name="dense", role="yardstick", model=dense, path="onnx/dense-fp32.onnx"))
+        exported.insert(
+            0,
+            _Exported(name="dense", role="yardstick", model=dense, path="onnx/dense-fp32.onnx", module=dense.module),
+        )
     with new_folder(out, marker=MANIFEST) as folder:
         on_step("writing the compact model")
         save_model(folder / MODEL_FOLDER, source.module, source.config)
@@ -211,10 +219,18 @@ def export_bundle(
             device=device_facts() | ({"threads": str(request.threads)} if request.threads else {}),
             command=list(request.command),
             created=now(),
-            notes=_notes(source, dense, report, record),
+            notes=_notes(source, dense, report, record, not_pivoted),
         )
         manifest.save(folder / MANIFEST)
     return load_bundle(out)
+
+
+def _pivoted(source: LoadedModel) -> tuple[nn.Module, list[str]]:
+    """The module to export, and the layers that should be pivoted in it and could not be."""
+    if not source.config.pivoted:
+        return source.module, []
+    module = copy.deepcopy(source.module)
+    return module, pivot_layers(module, source.config.pivoted)
 
 
 def _engine_path(spec: EngineSpec) -> str:
@@ -223,7 +239,7 @@ def _engine_path(spec: EngineSpec) -> str:
 
 def _export_onnx(exported: _Exported, folder: Path, request: ExportRequest) -> None:
     onnx_from_module(
-        exported.model.module,
+        exported.module,
         folder / exported.path,
         preprocessing=exported.model.config.preprocessing,
         class_names=exported.model.config.class_names,
@@ -281,7 +297,7 @@ def _prove(
 
 def _onnx_entry(exported: _Exported, folder: Path, files: dict[str, str], report: VerifyReport) -> ArtifactEntry:
     failed = [stage for stage in report.stages if stage.name in exported.stages and not stage.passed]
-    cost = trace_cost(exported.model.module, [], exported.model.config.preprocessing.input_size)
+    cost = trace_cost(exported.module, [], exported.model.config.preprocessing.input_size)
     return ArtifactEntry(
         name=exported.onnx_name,
         path=exported.path,
@@ -333,13 +349,27 @@ def _recommend(
 
 
 def _notes(
-    source: LoadedModel, dense: LoadedModel | None, report: VerifyReport, evaluation: ImageSetRecord
+    source: LoadedModel,
+    dense: LoadedModel | None,
+    report: VerifyReport,
+    evaluation: ImageSetRecord,
+    not_pivoted: list[str],
 ) -> list[str]:
     notes = []
+    if not_pivoted:
+        notes.append(
+            f"Rounding errors would grow too much in the pivoted form of {few(not_pivoted)}: two factors were exported."
+        )
     if dense is None and source.config.ranks:
         notes.append(
             "The dense reference was not found: what low rank costs in accuracy is not verified. "
             "Name it with --reference."
+        )
+    if (fitted := source.config.compensation) is not None:
+        verb = "were fitted again" if fitted.helps else "were left as they were, for fitting them again did not help"
+        notes.append(
+            f"The factors {verb} on {fitted.images} calibration images: on the selection images the divergence from "
+            f"the dense model is {fitted.before:.3g} nats before and {fitted.after:.3g} behind."
         )
     if report.stages[0].top1 is None:
         notes.append("The images have no labels: agreement with the dense model stands in for accuracy.")

@@ -195,13 +195,17 @@ class _Timing:
 
     def site(self, site: Site, layers: tuple[str, ...], batch: int, precision: str) -> tuple[float, SiteLatency]:
         """The reference's milliseconds, and the site dense and at its ranks."""
-        ranks = _measured_ranks(site, self.request.points)
+        ranks, pivoted_ranks = _measured_ranks(site, self.request.points), _pivoted_ranks(site, self.request.points)
         with ExitStack() as opened:
-            graphs: list[tuple[Site, Rank]] = [(site, "dense"), *((site, rank) for rank in ranks)]
-            graphs.append((self.reference, "dense"))
-            calls = [self._call(opened, *graph, batch, precision) for graph in graphs]
+            open_graph = partial(self._call, opened, batch=batch, precision=precision)
+            calls = [
+                open_graph(self.reference, "dense"),
+                open_graph(site, "dense"),
+                *(open_graph(site, rank) for rank in ranks),
+                *(open_graph(site, rank, pivoted=True) for rank in pivoted_ranks),
+            ]
             settled = settled_ms(calls, what=f"{site}, batch {batch} in {precision}")
-        dense_ms, *by_rank, reference = settled.medians_ms
+        reference, dense_ms, *by_rank = settled.medians_ms
         return reference, SiteLatency(
             site=site,
             layers=layers,
@@ -209,7 +213,9 @@ class _Timing:
             precision=precision,
             dense_ms=dense_ms,
             ranks=ranks,
-            ms=tuple(by_rank),
+            ms=tuple(by_rank[: len(ranks)]),
+            pivoted_ranks=pivoted_ranks,
+            pivoted_ms=tuple(by_rank[len(ranks) :]),
             spread=max(settled.spreads),
         )
 
@@ -219,21 +225,24 @@ class _Timing:
         configs = _calibration_configs(self.cost)
         with ExitStack() as opened:
             calls: list[Callable[[], object]] = []
-            for ranks in configs.values():
+            for ranks, pivoted in configs.values():
                 path = self.work.file("model.onnx")
-                graph_at_ranks(self.graph, self.cost.shapes, ranks, path)
+                graph_at_ranks(self.graph, self.cost.shapes, ranks, path, pivoted)
                 calls.append(partial(opened.enter_context(self.request.open(path, precision)), images))
-            calls.append(self._call(opened, self.reference, "dense", batch, precision))
+            calls.append(self._call(opened, self.reference, "dense", batch=batch, precision=precision))
             settled = settled_ms(calls, what=f"whole models, batch {batch} in {precision}")
         *times, reference = settled.medians_ms
         return reference, tuple(
-            ModelLatency(name=name, ranks=ranks, batch=batch, precision=precision, ms=ms)
-            for (name, ranks), ms in zip(configs.items(), times, strict=True)
+            ModelLatency(name=name, ranks=ranks, pivoted=pivoted, batch=batch, precision=precision, ms=ms)
+            for (name, (ranks, pivoted)), ms in zip(configs.items(), times, strict=True)
         )
 
-    def _call(self, opened: ExitStack, site: Site, rank: Rank, batch: int, precision: str) -> Callable[[], object]:
+    def _call(
+        self, opened: ExitStack, site: Site, rank: Rank, *, batch: int, precision: str, pivoted: bool = False
+    ) -> Callable[[], object]:
         path = self.work.file("layer.onnx")
-        site_graph(site, rank, batch, path, opset=self.graph.opset_import[0].version, ir_version=self.graph.ir_version)
+        opset, ir_version = self.graph.opset_import[0].version, self.graph.ir_version
+        site_graph(site, rank, batch, path, pivoted=pivoted, opset=opset, ir_version=ir_version)
         runner = opened.enter_context(self.request.open(path, precision))
         shape = (batch, site.tokens, site.in_features)
         return partial(runner, np.random.default_rng(0).standard_normal(shape).astype(np.float32))
@@ -247,16 +256,25 @@ def _measured_ranks(site: Site, points: int) -> tuple[int, ...]:
     return (*sorted(below - {top}), top)
 
 
-def _calibration_configs(cost: ModelCost) -> dict[str, dict[str, Rank]]:
-    """Ranks of the whole models that are measured: from end to end, and mixed ones."""
-    configs: dict[str, dict[str, Rank]] = {"dense": cost.dense_ranks}
+def _pivoted_ranks(site: Site, points: int) -> tuple[int, ...]:
+    """Half as many ranks, from a quarter of the full one on: below, there is nothing to win."""
+    full = site.full_rank
+    step = 8 if full >= 8 * points else 1
+    shares = np.linspace(0.25, 1, max(2, points // 2))
+    return tuple(sorted({min(full - step, max(1, int(share * full) // step * step)) for share in shares} - {0}))
+
+
+def _calibration_configs(cost: ModelCost) -> dict[str, tuple[dict[str, Rank], tuple[str, ...]]]:
+    """Ranks of the whole models that are measured, and the pivoted layers: from end to end, mixed, and all pivoted."""
+    configs: dict[str, tuple[dict[str, Rank], tuple[str, ...]]] = {"dense": (cost.dense_ranks, ())}
     for name, share in (("eighth", 8), ("half", 2)):
-        configs[name] = {layer.name: max(1, layer.break_even_rank // share) for layer in cost.layers}
+        configs[name] = {layer.name: max(1, layer.break_even_rank // share) for layer in cost.layers}, ()
     for seed in range(RANDOM_MODELS):
         draw = random.Random(seed)
-        configs[f"mixed {seed + 1}"] = {
-            layer.name: draw.choice(["dense", *range(1, layer.break_even_rank)]) for layer in cost.layers
-        }
+        mixed = {layer.name: draw.choice(["dense", *range(1, layer.break_even_rank)]) for layer in cost.layers}
+        configs[f"mixed {seed + 1}"] = mixed, ()
+    pivoted: dict[str, Rank] = {layer.name: max(1, layer.full_rank // 2) for layer in cost.layers}
+    configs["pivoted"] = pivoted, tuple(pivoted)
     return configs
 
 

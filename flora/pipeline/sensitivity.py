@@ -114,12 +114,14 @@ def allocated_ranks(
     model = AdditiveModel({name: layer.spectrum for name, layer in config.layers.items()}, report.probes)
     ranks = allocate(model.choices(config.space, config.cost, limit), limit.left_for_layers(config.cost))
     assert ranks is not None
+    pivoted = limit.latency.pivoted(ranks) if isinstance(limit, LatencyBudget) else ()
     return RankConfig(
         model=config.model,
         ranks=ranks,
+        pivoted=pivoted,
         budget=budget,
-        macs=config.cost.macs(ranks),
-        params=config.cost.params(ranks),
+        macs=config.cost.macs(ranks, pivoted),
+        params=config.cost.params(ranks, pivoted),
         latency_ms=limit.latency.ms(ranks) if isinstance(limit, LatencyBudget) else None,
         origin=f"allocated by sensitivity, predicted divergence {model.error(ranks):.3g} nats",
         selection=report.selection,

@@ -15,10 +15,11 @@ from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
-from flora.lowrank.checkpoint import LoadedModel, load_model_folder, load_supernet
+from flora.lowrank.checkpoint import LoadedModel, load_supernet
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
-from flora.pipeline.compact import materialize_job
+from flora.pipeline.compact import materialize_job, with_reference_of
+from flora.pipeline.compensate import compensate_job
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
@@ -101,7 +102,7 @@ def compress_training_free(
     steps = folder_of_steps(out)
     cost = _refuse_early(model, request)
     supernet, probed = steps / "supernet", steps / "sensitivity"
-    compact = steps / f"compact-{budget_slug(request.budget)}"
+    compact, compensated = (steps / f"{name}-{budget_slug(request.budget)}" for name in ("compact", "compensated"))
     if request.restart:
         forget_unfinished(probed)
 
@@ -117,6 +118,7 @@ def compress_training_free(
             data=calibration,
             layers=request.layers,
             space=request.space,
+            keep_redundant=True,  # at such ranks the pivoted form may still be faster than the dense layer
             workers=request.workers,
             on_start=begins("factorizing"),
         )
@@ -130,8 +132,20 @@ def compress_training_free(
     )
     ranks = allocated_ranks(load_supernet(supernet), report, request.budget, table)
     materialize_job(supernet, ranks, compact, on_start=begins("materializing"))
+    compensate_job(
+        compact,
+        compensated,
+        calib_data=calibration,
+        select_data=selection,
+        device=request.device,
+        workers=request.workers,
+        on_start=begins("compensating"),
+        on_layer=lambda done, layers: on_step(f"compensating: {done} of {layers} layers"),
+    )
     if is_main():
-        export_job(load_model_folder(compact), request.timed_export, out, on_start=on_start, on_step=on_step)
+        export_job(
+            with_reference_of(compact, compensated), request.timed_export, out, on_start=on_start, on_step=on_step
+        )
     wait()
     return load_bundle(out)
 

@@ -11,11 +11,13 @@ from flora.ranks.cost import LayerShape, Rank
 class RankConfig(Document):
     """`ranks.json`: a rank or "dense" for every target of `model`, and where the choice came from.
 
+    `pivoted` are the layers that are exported in pivoted form (`flora.lowrank.pivot`); `macs` and `params` count that.
     `latency_ms` is what a latency table predicts, `selection` is the images that it was chosen on.
     """
 
     model: str
     ranks: dict[str, Rank]
+    pivoted: tuple[str, ...] = ()
     budget: str | None = None
     macs: int | None = None
     params: int | None = None
@@ -42,5 +44,7 @@ class RankConfig(Document):
             for name, rank in self.ranks.items()
             if name in shapes and rank != "dense" and not 1 <= rank < shapes[name].full_rank
         ]
+        if dense := [name for name in self.pivoted if self.ranks.get(name, "dense") == "dense"]:
+            problems.append(f"pivoted without an integer rank: {few(dense)}")
         if problems:
             raise InputError(f"The rank config does not fit {model}: {few(problems, most=4)}.")

@@ -3,10 +3,10 @@
 One traced pass of the dense model (`flora.lowrank.targets`) gives the tokens of each target and the MACs of everything
 else, attention products included; from then on cost is integer arithmetic. Two factors cost `tokens * r * (in + out)`
 MACs, one matrix `tokens * in * out`: at or above the break-even rank the materialized model holds the dense product,
-and so does the cost.
+and so does the cost. A layer in pivoted form (`flora.lowrank.pivot`) costs `tokens * r * (in + out - r)` at any rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeGuard
@@ -52,13 +52,15 @@ class LayerShape:
         """Whether materializing at `rank` gives two factors instead of the dense product."""
         return rank != "dense" and rank < self.break_even_rank
 
-    def weights(self, rank: Rank) -> int:
+    def weights(self, rank: Rank, *, pivoted: bool = False) -> int:
         """Weights that the materialized layer multiplies each token with, biases left out."""
+        if pivoted and rank != "dense":
+            return rank * (self.in_features + self.out_features - rank)
         return rank * (self.in_features + self.out_features) if self.is_factored(rank) else self.dense_weights
 
-    def macs(self, rank: Rank) -> int:
+    def macs(self, rank: Rank, *, pivoted: bool = False) -> int:
         """MACs of the materialized layer for one image."""
-        return self.tokens * self.weights(rank)
+        return self.tokens * self.weights(rank, pivoted=pivoted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +79,17 @@ class ModelCost:
     def shapes(self) -> dict[str, LayerShape]:
         return {layer.name: layer for layer in self.layers}
 
-    def macs(self, ranks: Mapping[str, Rank]) -> int:
-        """MACs for one image of the model materialized at `ranks` (a rank for each layer)."""
-        return self.fixed_macs + sum(layer.macs(ranks[layer.name]) for layer in self.layers)
+    def macs(self, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> int:
+        """MACs for one image of the model materialized at `ranks` (a rank for each layer), some layers `pivoted`."""
+        return self.fixed_macs + sum(
+            layer.macs(ranks[layer.name], pivoted=layer.name in pivoted) for layer in self.layers
+        )
 
-    def params(self, ranks: Mapping[str, Rank]) -> int:
-        """Parameters of the model materialized at `ranks`."""
-        return self.fixed_params + sum(layer.weights(ranks[layer.name]) for layer in self.layers)
+    def params(self, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> int:
+        """Parameters of the model materialized at `ranks`, some layers `pivoted`."""
+        return self.fixed_params + sum(
+            layer.weights(ranks[layer.name], pivoted=layer.name in pivoted) for layer in self.layers
+        )
 
     @cached_property
     def dense_ranks(self) -> dict[str, Rank]:

@@ -6,7 +6,7 @@ small graph. Both numbers are fitted to a few whole models that were measured as
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Literal, Self
 
@@ -52,7 +52,10 @@ class Site(_Facts):
 
 
 class SiteLatency(_Facts):
-    """Medians of one shape at one batch size: `ms` by rank, ascending; `spread` is the largest one of a median."""
+    """Medians of one shape at one batch size: `ms` by rank, ascending; `spread` is the largest one of a median.
+
+    `pivoted_ms` are those of the pivoted form (`flora.lowrank.pivot`), at `pivoted_ranks`.
+    """
 
     site: Site
     layers: tuple[str, ...]
@@ -61,6 +64,8 @@ class SiteLatency(_Facts):
     dense_ms: float
     ranks: tuple[int, ...]
     ms: tuple[float, ...]
+    pivoted_ranks: tuple[int, ...] = ()
+    pivoted_ms: tuple[float, ...] = ()
     spread: float
 
     def at(self, rank: Rank) -> float:
@@ -74,10 +79,30 @@ class SiteLatency(_Facts):
         at_zero = max(0.0, low - first * (high - low) / (second - first))
         return float(np.interp(rank, (0, *self.ranks), (at_zero, *self.ms))) * max(1.0, rank / self.ranks[-1])
 
-    def materialized(self, rank: Rank) -> float:
-        """Milliseconds of what materializing at `rank` gives: from the break-even in MACs on, the dense layer."""
+    def materialized(self, rank: Rank, *, pivoted: bool = False) -> float:
+        """Milliseconds of what materializing at `rank` gives: from the break-even in MACs on, the dense layer.
+
+        Those of the pivoted form lie on lines between the measured ones by their weights, which are no line by rank.
+        """
+        if pivoted and rank != "dense":
+            both = self.site.in_features + self.site.out_features
+            weights = [r * (both - r) for r in (rank, *self.pivoted_ranks)]
+            return float(np.interp(weights[0], weights[1:], self.pivoted_ms))
         factored = rank != "dense" and rank < break_even_rank(self.site.in_features, self.site.out_features)
         return self.at(rank if factored else "dense")
+
+    def pivots(self, rank: Rank) -> bool:
+        """Whether the pivoted form is the fastest one at `rank`; never outside the ranks that it was measured at."""
+        if rank == "dense" or not self.pivoted_ranks:
+            return False
+        if not self.pivoted_ranks[0] <= rank <= self.pivoted_ranks[-1]:
+            return False
+        return self.materialized(rank, pivoted=True) < min(self.materialized(rank), self.dense_ms)
+
+    @property
+    def fastest_pivoted(self) -> list[int]:
+        """The ranks at which the pivoted form is the fastest one."""
+        return [rank for rank in range(1, self.site.full_rank) if self.pivots(rank)]
 
     @property
     def break_even_rank(self) -> int:
@@ -91,6 +116,7 @@ class ModelLatency(_Facts):
 
     name: str
     ranks: dict[str, Rank]
+    pivoted: tuple[str, ...] = ()
     batch: int
     precision: str
     ms: float
@@ -172,7 +198,7 @@ class LatencyModel:
 
     def _fit(self, models: list[ModelLatency]) -> tuple[float, float]:
         """The line through sum and measurement, by least squares of the relative errors."""
-        sums = np.array([self._sum(one.ranks) for one in models])
+        sums = np.array([self._sum(one.ranks, one.pivoted) for one in models])
         measured = np.array([one.ms for one in models])
         rows = np.stack([1 / measured, sums / measured], axis=1)
         (fixed, scale), *_ = np.linalg.lstsq(rows, np.ones(len(models)), rcond=None)
@@ -183,12 +209,19 @@ class LatencyModel:
             )
         return float(fixed), float(scale)
 
-    def _sum(self, ranks: Mapping[str, Rank]) -> float:
-        return sum(one.materialized(ranks.get(name, "dense")) for name, one in self._sites.items())
+    def _sum(self, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> float:
+        return sum(
+            one.materialized(ranks.get(name, "dense"), pivoted=name in pivoted) for name, one in self._sites.items()
+        )
 
     def layer_ns(self, name: str, rank: Rank) -> int:
-        """What a layer contributes at `rank`, in whole nanoseconds, so that sums are exact."""
-        return round(NANOSECONDS * self.scale * self._sites[name].materialized(rank))
+        """What a layer contributes at `rank` in its fastest form, in whole nanoseconds, so that sums are exact."""
+        site = self._sites[name]
+        return round(NANOSECONDS * self.scale * site.materialized(rank, pivoted=site.pivots(rank)))
+
+    def pivoted(self, ranks: Mapping[str, Rank]) -> tuple[str, ...]:
+        """The layers whose pivoted form is the fastest one."""
+        return tuple(name for name, rank in ranks.items() if self._sites[name].pivots(rank))
 
     @property
     def fixed_ns(self) -> int:
@@ -196,7 +229,7 @@ class LatencyModel:
         return round(NANOSECONDS * self.fixed_ms)
 
     def ns(self, ranks: Mapping[str, Rank]) -> int:
-        """Predicted latency of one batch, in nanoseconds; a layer without a rank is dense."""
+        """Predicted latency of one batch in nanoseconds, each layer in its fastest form; without a rank it is dense."""
         return self.fixed_ns + sum(self.layer_ns(name, ranks.get(name, "dense")) for name in self._sites)
 
     def ms(self, ranks: Mapping[str, Rank]) -> float:
@@ -212,5 +245,5 @@ class LatencyModel:
         found = {}
         for left_out in self.measured:
             fixed, scale = self._fit([one for one in self.measured if one is not left_out])
-            found[left_out.name] = (fixed + scale * self._sum(left_out.ranks)) / left_out.ms - 1
+            found[left_out.name] = (fixed + scale * self._sum(left_out.ranks, left_out.pivoted)) / left_out.ms - 1
         return found

@@ -7,14 +7,13 @@ rank adds up to a prediction. Of each cost bin some candidates of the predicted 
 for the others are scaled by what those have shown.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from statistics import median
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from flora.lowrank.replay import Replay
 from flora.lowrank.supernet import active_ranks
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.filtering import BINS, block_macs, cost_bins, kept_candidates, kept_count
@@ -24,8 +23,6 @@ from flora.training.selection import SelectionImages, divergences, log_probabili
 # Candidates to run are taken from so many times the share to keep.
 BETTER_PART = 2.0
 RUNS_PER_BIN = 8
-# The most that is kept of what enters a block; with more, every candidate runs the whole model.
-REPLAY_BYTES = 8 * 2**30
 
 
 class BlockScores(BaseModel):
@@ -62,11 +59,15 @@ def score_block(
     names = space.blocks[index]
     candidates, macs = space.block_candidates(index), block_macs(space, cost, index)
     full: dict[str, Rank] = dict(space.largest())
-    with active_ranks(supernet, full), _Replay(supernet, space, index, images) as replay:
+    with active_ranks(supernet, full):
+        supernet.eval()
+        blocks = [block_name(layers[0]) for layers in space.blocks]
+        replay = Replay(supernet, blocks, lambda: (batch for batch, _ in images.batches()))
+        replay.move_to(index)
 
         def measure(ranks: tuple[Rank, ...]) -> tuple[float, float]:
-            with active_ranks(supernet, full | dict(zip(names, ranks, strict=True))):
-                logs = replay.log_probabilities()
+            with active_ranks(supernet, full | dict(zip(names, ranks, strict=True))), replay.active():
+                logs = log_probabilities(supernet, images)
             divergence = divergences(dense, logs).mean().item()
             return max(divergence, 0.0), 100 * (logs.argmax(1) == dense.argmax(1)).float().mean().item()
 
@@ -92,7 +93,9 @@ def score_block(
             for place in group:
                 known = measured.get(candidates[place])
                 errors[place] = known[0] if known else predicted[place] * scale
-        passes = len(measured) * replay.share_of_model(cost) + 1
+        behind = [name for layers in space.blocks[index:] for name in layers] if replay.replays else cost.shapes
+        share_of_model = _dense_macs(cost, behind) / _dense_macs(cost, cost.shapes)
+        passes = len(measured) * share_of_model + 1
     return BlockScores(
         block=block_name(names[0]),
         layers=names,
@@ -105,76 +108,5 @@ def score_block(
     )
 
 
-class _Replay:
-    """Inside `with`, the model runs from one block on: earlier blocks pass through, the block reads what was kept.
-
-    That is kept on the CPU, whatever the model's device, up to `REPLAY_BYTES`.
-    """
-
-    def __init__(self, supernet: nn.Module, space: SearchSpace, index: int, images: SelectionImages) -> None:
-        self._supernet, self._images = supernet, images
-        blocks = [block_name(layers[0]) for layers in space.blocks]
-        self._skipped = [supernet.get_submodule(name) for name in blocks[:index]]
-        self._block = supernet.get_submodule(blocks[index])
-        self._behind = [name for layers in space.blocks[index:] for name in layers]
-        self._inputs: list[Tensor] = []
-        self._applies = True
-
-    def __enter__(self) -> "_Replay":
-        with _recorded([*self._skipped, self._block]) as calls, torch.inference_mode():
-            device = next(self._supernet.parameters()).device
-            self._supernet.eval()
-            for batch, _ in self._images.batches():
-                for shapes in calls.values():
-                    shapes.clear()
-                self._supernet(batch.to(device))
-                # Only a block that is called once and keeps the shape can be passed through.
-                self._applies &= all(len(c) == 1 and c[0][0].shape == c[0][1] for c in calls.values())
-                inputs = calls[self._block][0][0]
-                self._applies &= inputs.nbytes / len(batch) * len(self._images) <= REPLAY_BYTES
-                if not self._applies:
-                    self._inputs = []
-                    break
-                self._inputs.append(inputs.cpu())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._inputs = []
-
-    def share_of_model(self, cost: ModelCost) -> float:
-        """The part of the model's MACs that one candidate costs."""
-        if not self._applies:
-            return 1.0
-        behind = sum(cost.shapes[name].macs("dense") for name in self._behind)
-        everything = sum(layer.macs("dense") for layer in cost.layers)
-        return behind / everything
-
-    def log_probabilities(self) -> Tensor:
-        """Log-probabilities [N, classes] under the active ranks."""
-        if not self._applies:
-            return log_probabilities(self._supernet, self._images)
-        waiting = iter(self._inputs)
-        original = self._block.forward
-        for block in self._skipped:
-            block.forward = lambda x, *args, **kwargs: x
-        self._block.forward = lambda x, *args, **kwargs: original(next(waiting).to(x.device), *args, **kwargs)
-        try:
-            return log_probabilities(self._supernet, self._images)
-        finally:
-            for block in (*self._skipped, self._block):
-                del block.forward
-
-
-@contextmanager
-def _recorded(modules: Sequence[nn.Module]) -> Iterator[Mapping[nn.Module, list[tuple[Tensor, torch.Size]]]]:
-    """Inside, each call of `modules` adds its first input and the shape of its output to the module's list."""
-    calls: dict[nn.Module, list[tuple[Tensor, torch.Size]]] = {module: [] for module in modules}
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output: calls[module].append((inputs[0], output.shape)))
-        for module in modules
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _dense_macs(cost: ModelCost, layers: Iterable[str]) -> int:
+    return sum(cost.shapes[name].macs("dense") for name in layers)

@@ -55,6 +55,17 @@ def test_a_site_runs_and_has_the_products_of_its_rank(tmp_path, rank):
     assert operators == {"MatMul": 1 if rank == "dense" else 2, "Add": 2, "Gelu": 1}
 
 
+def test_a_pivoted_site_has_the_weights_of_its_form(tmp_path):
+    site = Site(in_features=12, out_features=20, tokens=7, after=("Add",))
+    path = tmp_path / "layer.onnx"
+    site_graph(site, 5, 2, path, pivoted=True, opset=20, ir_version=10)
+    with OnnxRunner(path) as runner:
+        assert runner(np.ones((2, 7, 12), np.float32)).shape == (2, 7, 20)
+    graph = onnx.load(path).graph
+    assert Counter(node.op_type for node in graph.node) == {"MatMul": 2, "Concat": 1, "Add": 1}
+    assert sum(int(np.prod(tensor.dims)) for tensor in graph.initializer) == 5 * (12 + 20 - 5) + 20
+
+
 def test_dense_ranks_leave_the_model_as_it_is(onnx_file: Path, tmp_path, cost):
     path = tmp_path / "same.onnx"
     graph_at_ranks(onnx.load(onnx_file), cost.shapes, cost.dense_ranks, path)
@@ -62,11 +73,13 @@ def test_dense_ranks_leave_the_model_as_it_is(onnx_file: Path, tmp_path, cost):
         np.testing.assert_array_equal(same(IMAGES), dense(IMAGES))
 
 
-def test_a_model_at_ranks_has_the_products_and_weights_of_its_cost(onnx_file: Path, tmp_path, cost):
+@pytest.mark.parametrize("forms", ["factors", "pivoted"])
+def test_a_model_at_ranks_has_the_products_and_weights_of_its_cost(onnx_file: Path, tmp_path, cost, forms):
     names = list(cost.shapes)
     ranks = cost.dense_ranks | {names[0]: 3, names[-1]: 1, names[1]: cost.shapes[names[1]].break_even_rank}
     path, dense = tmp_path / "cut.onnx", onnx.load(onnx_file)
-    graph_at_ranks(dense, cost.shapes, ranks, path)
+    pivoted = [names[1], names[-1]] if forms == "pivoted" else []
+    graph_at_ranks(dense, cost.shapes, ranks, path, pivoted)
     changed = onnx.load(path)
 
     def weights(model) -> int:
@@ -75,8 +88,8 @@ def test_a_model_at_ranks_has_the_products_and_weights_of_its_cost(onnx_file: Pa
     def products(model) -> int:
         return sum(node.op_type == "MatMul" for node in model.graph.node)
 
-    assert products(changed) == products(dense) + 2
-    assert weights(dense) - weights(changed) == cost.dense_params - cost.params(ranks)
+    assert products(changed) == products(dense) + 2 + (forms == "pivoted")
+    assert weights(dense) - weights(changed) == cost.dense_params - cost.params(ranks, pivoted)
     with OnnxRunner(path) as runner:
         assert np.isfinite(runner(IMAGES)).all()
 

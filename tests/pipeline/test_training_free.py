@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from export.bundle import MANIFEST, load_bundle
 from flora.artifact import sha256_of_file
@@ -15,6 +16,7 @@ from flora.lowrank.supernet import active_ranks
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import chosen_ranks
+from flora.pipeline.compensate import compensate_job
 from flora.pipeline.export import ExportRequest
 from flora.pipeline.latency import LatencyRequest
 from flora.pipeline.sensitivity import (
@@ -30,7 +32,7 @@ from flora.ranks.config import RankConfig
 from flora.ranks.latency import LatencyModel, LatencyTable, ModelLatency, Site, SiteLatency
 from flora.resume import SETTINGS
 from flora.training.data import TimmImages
-from flora.training.selection import SelectionImages, log_probabilities
+from flora.training.selection import SelectionImages, divergences, log_probabilities
 from tests.flora_command import leftovers
 from tests.pipeline.steps import files, taken
 from tests.samples import GREY
@@ -38,7 +40,7 @@ from tests.worked_example import FASHION, WorkedExample
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 BUDGET, OTHER_BUDGET = "macs=60%", "params=55%"
-STEPS = ("factorizing", "probing layers", "materializing")
+STEPS = ("factorizing", "probing layers", "materializing", "compensating")
 EXPORT = "writing the compact model"
 
 
@@ -101,6 +103,33 @@ def test_the_model_in_the_bundle_is_within_the_budget_and_knows_its_images(worke
         "selection": 40,
     }
     assert set(whole.report.probes) == set(cost.shapes)
+
+
+def test_factors_are_fitted_again_only_where_that_helps_and_the_bundle_says_so(worked, whole, tmp_path):
+    plain, shipped = (load_model_folder(folder) for folder in (whole.work / "compact-macs-60pct", whole.out / "model"))
+    images = SelectionImages(TimmImages(f"{worked.selection},limit=40", GREY))
+    dense = log_probabilities(load_model(str(worked.dense)).module, images)
+    before, after = (
+        divergences(dense, log_probabilities(model.module, images)).mean().item() for model in (plain, shipped)
+    )
+    said = shipped.config.compensation
+    assert (said.images, said.before, said.after) == (64, pytest.approx(before), pytest.approx(after))
+    assert after < before
+    (note,) = load_bundle(whole.out).manifest.notes
+    assert "were fitted again on 64 calibration images: on the selection images the divergence" in note
+    assert f"{before:.3g} nats before and {after:.3g} behind" in note
+
+    one, out = f"{worked.calibration},limit=1", tmp_path / "compensated"
+    compensate_job(
+        whole.work / "compact-macs-60pct",
+        out,
+        calib_data=one,
+        select_data=f"{worked.selection},limit=40",
+        device=torch.device("cpu"),
+    )
+    kept = load_model_folder(out)
+    assert kept.config.compensation.after >= kept.config.compensation.before
+    torch.testing.assert_close(kept.module.state_dict(), plain.module.state_dict(), rtol=0, atol=0)
 
 
 def test_allocated_ranks_keep_a_trained_model_far_closer_to_dense_than_uniform_ones(tmp_path):
@@ -175,7 +204,7 @@ def test_a_damaged_bundle_is_exported_again(worked, whole, tmp_path, name):
 
 def test_another_budget_probes_nothing(worked, whole):
     before = files(whole.work)
-    assert run(worked, whole.out, request(worked, budget=OTHER_BUDGET), stop_at=EXPORT) == ["materializing", EXPORT]
+    assert run(worked, whole.out, request(worked, budget=OTHER_BUDGET), stop_at=EXPORT) == [*STEPS[2:], EXPORT]
     cost = load_supernet(whole.work / "supernet").config.cost
     ranks = load_model_folder(whole.work / "compact-params-55pct").config.ranks
     assert 0.5 * cost.dense_params < cost.params(ranks) <= 0.55 * cost.dense_params

@@ -120,6 +120,37 @@ def test_a_rank_at_which_the_dense_product_is_kept_takes_the_dense_time():
     assert site.materialized(52) == site.materialized("dense") == 4.0
 
 
+def test_the_pivoted_form_is_taken_where_it_was_measured_and_is_the_fastest_and_the_rank_then_pays_longer():
+    (two,) = table().sites
+    site = two.model_copy(update={"pivoted_ranks": (16, 32, 60), "pivoted_ms": (2.0, 2.5, 3.5)})
+    assert [site.pivots(rank) for rank in (8, 16, 32, 56, 60, 62, "dense")] == [False] * 2 + [False, True, True] + [
+        False
+    ] * 2
+    assert site.materialized(32) == pytest.approx(2.5)
+    assert site.materialized(32, pivoted=True) == pytest.approx(2.5)
+    assert 2.5 < site.materialized(48, pivoted=True) < 3.5
+    model = LatencyModel(table(sites=(site,)), batch=8)
+    ranks = {LAYERS[0]: 8, LAYERS[1]: 60}
+    assert model.pivoted(ranks) == (LAYERS[1],)
+    assert model.ms(ranks) == pytest.approx(FIXED_MS + SCALE * (site_ms(8) + 3.5))
+    assert LatencyModel(table(), batch=8).pivoted(ranks) == ()
+    slow = site.model_copy(update={"pivoted_ms": (4.0, 4.0, 4.0)})
+    assert slow.fastest_pivoted == []
+
+
+def test_a_whole_model_is_predicted_in_the_form_that_it_was_measured_in():
+    site = table().sites[0].model_copy(update={"pivoted_ranks": (16, 60), "pivoted_ms": (2.0, 3.5)})
+    pivoted = model_at("pivoted", 8, 8).model_copy(
+        update={
+            "ranks": dict.fromkeys(LAYERS, 16),
+            "pivoted": LAYERS,
+            "ms": FIXED_MS + SCALE * 4.0,
+        }
+    )
+    model = LatencyModel(table(sites=(site,), models=(*table().models, pivoted)), batch=8)
+    assert model.errors() == pytest.approx(dict.fromkeys(model.errors(), 0), abs=1e-9)
+
+
 def test_break_even_is_the_rank_from_which_two_factors_are_not_faster():
     (site,) = table().sites
     slower = [rank for rank in range(1, 64) if site.at(rank) >= site.dense_ms]

@@ -153,7 +153,7 @@ def test_inputs_that_are_too_many_to_keep_are_computed_again(supernet, vit_cost,
     family, tokens = (tiny_model(), supernet, vit_cost), vit_cost.shapes["blocks.0.attn.qkv"].tokens
     kept = scored(family, 1, images)
     for limit, forwards in ((8 * tokens * 48 * 4, kept.image_forwards), (8 * tokens * 48 * 4 - 1, 8 * (27 + 1))):
-        monkeypatch.setattr("flora.training.filtering.REPLAY_BYTES", limit)
+        monkeypatch.setattr("flora.lowrank.replay.REPLAY_BYTES", limit)
         again = scored(family, 1, images)
         assert again.image_forwards == pytest.approx(forwards)
         assert again.errors == pytest.approx(kept.errors, rel=1e-4, abs=1e-6)
