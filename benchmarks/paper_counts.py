@@ -3,10 +3,13 @@
 The figures to reproduce are those of the released code, with layers at or above break-even held as one dense matrix.
 """
 
+from collections.abc import Sequence
+
 import timm
 from results import exactly, finish
 
 from flora.lowrank.targets import find_targets, trace_cost
+from flora.ranks.cost import Rank
 from flora.ranks.paper import DEIT_B_8G, DEIT_S_2G7, paper_flops
 
 LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")
@@ -28,16 +31,21 @@ CASES = (
 KINDS = ("MACs, dense", "parameters, dense", "MACs", "parameters", "paper's FLOPs, dense", "paper's FLOPs")
 
 
+def ranks_of(dim: int, blocks: Sequence[Sequence[int]]) -> dict[str, Rank]:
+    """The ranks by layer of a released subnet of this width, given by block."""
+    return {
+        f"blocks.{i}.{layer}": "dense" if rank == dim else rank
+        for i, block in enumerate(blocks)
+        for layer, rank in zip(LAYERS, block, strict=True)
+    }
+
+
 def main() -> None:
     bars, rows, figures = [], [], {}
     for name, dim, blocks, expected in CASES:
         model = timm.create_model(name)
         cost = trace_cost(model, find_targets(model), (3, 224, 224))
-        ranks = {
-            f"blocks.{i}.{layer}": "dense" if rank == dim else rank
-            for i, block in enumerate(blocks)
-            for layer, rank in zip(LAYERS, block, strict=True)
-        }
+        ranks = ranks_of(dim, blocks)
         counted = (
             cost.dense_macs,
             cost.dense_params,

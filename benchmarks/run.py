@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("paper_counts", "factorization", "compress", "families", "overhead")
+BENCHMARKS = ("paper_counts", "factorization", "compress", "latency", "families", "overhead")
 # Hours of training, in arms that resume: only by name.
 LONG = ("paper_road",)
 
