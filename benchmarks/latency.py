@@ -289,7 +289,7 @@ def _judge_chosen(key: str, found: Any, rows: list[list[str]], bars: list[Bar]) 
     by_macs = sorted(
         (one["ratio"], one["additive_loss"]) for k, one in found["configs"].items() if k.startswith("macs")
     )
-    ratios, losses = zip(*by_macs, strict=True)
+    ratios, losses = zip(*sorted((one["ratio"], one["additive_loss"]) for one in by_macs), strict=True)
     loss = by_latency["additive_loss"] / float(np.exp(np.interp(by_latency["ratio"], ratios, np.log(losses))))
     speed_up = 1 / found["configs"]["half"]["ratio"]
     pivoted = f"{len(by_latency['pivoted'])} layers pivoted"

@@ -135,7 +135,7 @@ def command(
     """Compress a trained MODEL to a budget, and ship it with proof.
 
     By default without training, in minutes: factorizes the model, probes what each layer's rank costs, allocates ranks
-    within the budget, exports and verifies. With --method supernet it filters the candidates of a supernet, trains
+    within the budget, fits the factors again to what their layers receive in the compact model, exports and verifies. With --method supernet it filters the candidates of a supernet, trains
     it, searches it, and fine-tunes what was found. What the steps make stays in OUT.work. Stopped, the same command
     goes on; with other options or other images, the steps that depend on them are done again; finished, it does
     nothing. Exit code 3 when a gate fails.

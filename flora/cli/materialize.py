@@ -30,8 +30,9 @@ def command(
 ) -> None:
     """Turn a SUPERNET folder and ranks into a compact model of plain linear layers.
 
-    A layer whose rank is at or above its break-even rank stays one dense matrix. The compact model folder also gets
-    the ranks as ranks.json.
+    A layer whose rank is at or above its break-even rank stays one dense matrix. Layers that the file of ranks names
+    under "pivoted" stay two, and are exported in pivoted form: the same product from fewer MACs. The compact model
+    folder also gets the ranks as ranks.json.
     """
     if sum(choice is not None for choice in (ranks, uniform, uniform_macs)) != 1:
         raise click.UsageError("Give the ranks in one way: --ranks FILE, --uniform RATIO or --uniform-macs BUDGET.")

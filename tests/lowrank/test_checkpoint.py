@@ -67,9 +67,11 @@ def test_a_dense_model_reloads_to_the_same_outputs(family: str, tmp_path: Path):
 def test_a_compact_model_reloads_to_the_same_outputs(family_supernet, tmp_path: Path, seed: int):
     dense, supernet, cost = family_supernet
     family = next(name for name in FAMILIES if str(tiny_model(name)) == str(dense))
-    ranks = random_ranks(cost, seed)
-    model = materialize(supernet, ranks)
-    save_model(tmp_path / "model", model, _config(family, ranks=ranks))
+    first, *others = cost.shapes
+    ranks = random_ranks(cost, seed) | {first: cost.shapes[first].full_rank - 1}  # above break-even
+    pivoted = (first, *(name for name in others if ranks[name] != "dense"))[: 1 + seed]
+    model = materialize(supernet, ranks, pivoted)
+    save_model(tmp_path / "model", model, _config(family, ranks=ranks, pivoted=pivoted))
     assert _same_logits(load_model_folder(tmp_path / "model").module, model)
 
 

@@ -48,6 +48,15 @@ def test_only_stock_modules_remain(family_supernet, config: str | int):
     assert not any(type(module).__module__.startswith("flora") for module in model.modules())
 
 
+def test_a_layer_that_is_to_be_pivoted_stays_two_linears_at_any_rank(family_supernet):
+    _, supernet, cost = family_supernet
+    first, second, *_ = cost.shapes
+    ranks = cost.dense_ranks | {first: cost.shapes[first].full_rank - 1}
+    model = materialize(supernet, ranks, [first, second])
+    assert [type(part) for part in model.get_submodule(first)] == [nn.Linear, nn.Linear]
+    assert type(model.get_submodule(second)) is nn.Linear
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_layer_is_two_linears_below_break_even_and_one_from_there_on(family_supernet, config: str | int):
     _, supernet, cost = family_supernet

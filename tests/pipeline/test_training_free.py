@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -271,8 +272,11 @@ def test_a_factorized_model_is_refused(worked, whole, tmp_path):
         compress_training_free(load_model_folder(whole.out / "model"), tmp_path / "bundle", request(worked))
 
 
-def latency_table(worked: WorkedExample, file: Path) -> LatencyTable:
-    """A table for this device on which `fc1` is never faster factorized, and all else in proportion to its MACs."""
+def latency_table(worked: WorkedExample, file: Path, *, pivots: str | None = None) -> LatencyTable:
+    """A table for this device on which `fc1` is never faster factorized, and all else in proportion to its MACs.
+
+    The layers that are called `pivots` are fastest in pivoted form.
+    """
     model = load_model(str(worked.dense))
     shapes = trace_cost(model.module, find_targets(model.module, LAYERS), GREY.input_size).shapes
     sites = []
@@ -282,6 +286,8 @@ def latency_table(worked: WorkedExample, file: Path) -> LatencyTable:
         slower = 2.0 if name.endswith("fc1") else 0.0
         times = tuple(dense_ms * (slower + rank / top) for rank in (1, top))
         common = {"site": site, "layers": (name,), "batch": 8, "precision": "fp32", "spread": 0.01}
+        if pivots is not None and name.endswith(pivots):
+            common |= {"pivoted_ranks": (1, shape.full_rank - 1), "pivoted_ms": (0.1 * dense_ms, 0.3 * dense_ms)}
         sites.append(SiteLatency(dense_ms=dense_ms, ranks=(1, top), ms=times, **common))
     sums = {"dense": sum(one.dense_ms for one in sites), "low": sum(one.at(1) for one in sites)}
     ranks = {"dense": {}, "low": dict.fromkeys(shapes, 1)}
@@ -313,6 +319,26 @@ def test_a_budget_in_milliseconds_goes_by_the_table(worked, tmp_path):
     assert all(rank == "dense" for name, rank in ranks.ranks.items() if name.endswith("fc1"))
     assert any(rank != "dense" for rank in ranks.ranks.values())
     assert {stats.batch_size for stats in load_bundle(out).manifest.latency.values()} == {8}
+
+
+def test_a_layer_whose_pivoted_form_is_fastest_gets_it_also_where_two_factors_would_not_pay(worked, tmp_path):
+    latency_table(worked, tmp_path / "latency.json", pivots="fc1")
+    out = tmp_path / "bundle"
+    run(worked, out, request(worked, budget="latency=0.8x", latency_table=tmp_path / "latency.json"))
+    ranks = RankConfig.load(out.with_name("bundle.work") / "compact-latency-0.8x" / "ranks.json")
+    cost = load_supernet(out.with_name("bundle.work") / "supernet").config.cost
+    assert ranks.pivoted
+    assert all(name.endswith("fc1") for name in ranks.pivoted)
+    assert any(not cost.shapes[name].is_factored(ranks.ranks[name]) for name in ranks.pivoted)
+    bundle = load_bundle(out)
+    onnx_file = next(one for one in bundle.manifest.artifacts if one.path == "onnx/model-fp32.onnx")
+    assert (onnx_file.macs, onnx_file.params) == (ranks.macs, ranks.params)
+    assert ranks.macs < cost.macs(ranks.ranks)
+    stages = bundle.manifest.verification.stages
+    assert all(stage.passed for stage in stages if stage.kind == "fp32")
+    joined = [node for node in onnx.load(out / onnx_file.path).graph.node if node.op_type == "Concat"]
+    assert len(joined) >= len(ranks.pivoted)
+    assert load_model_folder(out / "model").config.pivoted == ranks.pivoted
 
 
 @pytest.mark.parametrize(

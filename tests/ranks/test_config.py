@@ -54,6 +54,13 @@ def test_a_rank_out_of_range_is_refused_with_the_range(vit_cost: ModelCost, rank
         _check(vit_cost, {**vit_cost.dense_ranks, LAYER: rank})
 
 
+@pytest.mark.parametrize("layer", [LAYER, "blocks.7.mlp.fc1"])
+def test_only_a_layer_with_a_rank_can_be_pivoted(vit_cost: ModelCost, layer: str):
+    config = RankConfig(model="vit", ranks=vit_cost.dense_ranks, pivoted=(layer,))
+    with pytest.raises(InputError, match=f"pivoted without an integer rank: {layer}"):
+        config.check(model="vit", shapes=vit_cost.shapes)
+
+
 def test_a_config_of_another_model_is_refused_with_both_names(vit_cost: ModelCost):
     with pytest.raises(InputError, match=r"for vit, the model is deit"):
         _check(vit_cost, dict(vit_cost.dense_ranks), model="deit")
