@@ -43,8 +43,8 @@ from flora.ranks.space import DEFAULT_SPACE
     "--budget",
     required=True,
     metavar="BUDGET",
-    help="macs=45% of the dense model, macs=2.7G or params=12M; training-free also latency=0.6x or latency=12ms, at "
-    "batch 8 or, with @b1, at another.",
+    help="macs=45% of the dense model, macs=2.7G or params=12M; training-free also latency=0.6x or latency=12ms, and "
+    "drop=0.5: the fastest model that loses half a point on the selection images; at batch 8 or, with @b1, at another.",
 )
 @click.option(
     "--calib-data",
@@ -60,7 +60,7 @@ from flora.ranks.space import DEFAULT_SPACE
 @click.option(
     "--latency-table",
     type=click.Path(path_type=Path),
-    help="Table of flora latency-table for a budget in milliseconds; without one it is measured.",
+    help="Table of flora latency-table for a budget of latency or drop; without one it is measured.",
 )
 @click.option("--data", metavar="IMAGES", help="Training images, for --method supernet.")
 @click.option(
@@ -135,10 +135,10 @@ def command(
     """Compress a trained MODEL to a budget, and ship it with proof.
 
     By default without training, in minutes: factorizes the model, probes what each layer's rank costs, allocates ranks
-    within the budget, fits the factors again to what their layers receive in the compact model, exports and verifies. With --method supernet it filters the candidates of a supernet, trains
-    it, searches it, and fine-tunes what was found. What the steps make stays in OUT.work. Stopped, the same command
-    goes on; with other options or other images, the steps that depend on them are done again; finished, it does
-    nothing. Exit code 3 when a gate fails.
+    within the budget, fits the factors again to what their layers receive in the compact model, exports and verifies.
+    With --method supernet it filters the candidates of a supernet, trains it, searches it, and fine-tunes what was
+    found. What the steps make stays in OUT.work. Stopped, the same command goes on; with other options or other images,
+    the steps that depend on them are done again; finished, it does nothing. Exit code 3 when a gate fails.
     """
     set_threads(threads)
     is_supernet = method == "supernet"

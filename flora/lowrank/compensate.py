@@ -45,6 +45,8 @@ def compensate(
     `on_layer` gets how many are done, of how many.
     """
     pairs = [name for name in layers if isinstance(compact.get_submodule(name), nn.Sequential)]
+    if not pairs:
+        return
     dense_layers = linear_layers(dense, pairs)
     weights = token_weights(dense, batches(), dense_layers)
     names = blocks_of(layers)

@@ -14,7 +14,7 @@ from flora.lowrank.checkpoint import LoadedSupernet, content_digest, load_supern
 from flora.pipeline.images import identity
 from flora.pipeline.job import OnStart, begin
 from flora.ranks.allocate import allocate
-from flora.ranks.budget import Budget, LatencyBudget, check_reachable
+from flora.ranks.budget import Budget, LatencyBudget, Limit, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.latency import LatencyTable
 from flora.ranks.sensitivity import AdditiveModel, LayerSensitivity
@@ -110,19 +110,32 @@ def allocated_ranks(
             "model."
         )
     limit = LatencyBudget.parse(budget, table) if table else Budget.parse(budget, config.cost)
+    return allocated_config(supernet, report, additive_model(supernet, report), limit)
+
+
+def additive_model(supernet: LoadedSupernet, report: SensitivityReport) -> AdditiveModel:
+    """The error of the supernet's subnets as a sum over layers."""
+    return AdditiveModel({name: layer.spectrum for name, layer in supernet.config.layers.items()}, report.probes)
+
+
+def allocated_config(
+    supernet: LoadedSupernet, report: SensitivityReport, model: AdditiveModel, limit: Limit
+) -> RankConfig:
+    """The ranks of least error by `model` within `limit`, which must be within reach."""
+    config = supernet.config
     check_reachable(limit, config.space, config.cost)
-    model = AdditiveModel({name: layer.spectrum for name, layer in config.layers.items()}, report.probes)
     ranks = allocate(model.choices(config.space, config.cost, limit), limit.left_for_layers(config.cost))
     assert ranks is not None
-    pivoted = limit.latency.pivoted(ranks) if isinstance(limit, LatencyBudget) else ()
+    latency = limit.latency if isinstance(limit, LatencyBudget) else None
+    pivoted = latency.pivoted(ranks) if latency else ()
     return RankConfig(
         model=config.model,
         ranks=ranks,
         pivoted=pivoted,
-        budget=budget,
+        budget=limit.text,
         macs=config.cost.macs(ranks, pivoted),
         params=config.cost.params(ranks, pivoted),
-        latency_ms=limit.latency.ms(ranks) if isinstance(limit, LatencyBudget) else None,
+        latency_ms=latency.ms(ranks) if latency else None,
         origin=f"allocated by sensitivity, predicted divergence {model.error(ranks):.3g} nats",
         selection=report.selection,
     )

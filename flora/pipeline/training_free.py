@@ -20,6 +20,7 @@ from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.compensate import compensate_job
+from flora.pipeline.drop import ranks_within_drop
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
@@ -27,9 +28,9 @@ from flora.pipeline.latency import LatencyRequest, measure_latency
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
 from flora.provenance import device_facts
-from flora.ranks.budget import Budget, LatencyBudget, check_reachable, latency_parts
+from flora.ranks.budget import Budget, LatencyBudget, check_reachable, drop_parts, latency_parts
 from flora.ranks.cost import ModelCost
-from flora.ranks.latency import LatencyTable
+from flora.ranks.latency import LatencyModel, LatencyTable
 from flora.ranks.space import space_from_text
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
@@ -68,11 +69,19 @@ class TrainingFreeRequest:
 
     @property
     def latency(self) -> LatencyRequest | None:
-        """The measurement that a budget in milliseconds goes by; None for another budget."""
-        if not self.budget.startswith("latency="):
+        """The measurement that a budget in milliseconds or points goes by; None for another budget."""
+        if self.budget.startswith("latency="):
+            _, _, batch = latency_parts(self.budget)
+        elif self.asks_for_drop:
+            _, batch = drop_parts(self.budget)
+        else:
             return None
-        _, _, batch = latency_parts(self.budget)
         return LatencyRequest(layers=self.layers, batches=(batch,), threads=self.export.threads or 1)
+
+    @property
+    def asks_for_drop(self) -> bool:
+        """Whether the budget is one of accuracy: then the fastest model within it is looked for."""
+        return self.budget.startswith("drop=")
 
     @property
     def timed_export(self) -> ExportRequest:
@@ -130,7 +139,19 @@ def compress_training_free(
         on_start=begins("probing layers"),
         on_layers=lambda done, layers: on_step(f"probing layers: {done} of {layers}"),
     )
-    ranks = allocated_ranks(load_supernet(supernet), report, request.budget, table)
+    if request.asks_for_drop:
+        assert table is not None
+        ranks = ranks_within_drop(
+            *(supernet, report, table, steps / f"ranks-{budget_slug(request.budget)}"),
+            budget=request.budget,
+            select_data=selection,
+            device=request.device,
+            workers=request.workers,
+            on_start=begins("trying budgets"),
+            on_try=lambda line: on_step(f"trying budgets: {line}"),
+        )
+    else:
+        ranks = allocated_ranks(load_supernet(supernet), report, request.budget, table)
     materialize_job(supernet, ranks, compact, on_start=begins("materializing"))
     compensate_job(
         compact,
@@ -180,7 +201,10 @@ def _latency_table(
             )
         wait()
         table = LatencyTable.load(file)
-    check_reachable(LatencyBudget.parse(request.budget, table), space_from_text(request.space, cost), cost)
+    if request.asks_for_drop:
+        LatencyModel(table, batch=request.latency.batches[0])
+    else:
+        check_reachable(LatencyBudget.parse(request.budget, table), space_from_text(request.space, cost), cost)
     return table
 
 
@@ -195,7 +219,8 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost
         check_reachable(Budget.parse(request.budget, cost), space, cost)
     if request.latency_table is not None and request.latency is None:
         raise InputError(
-            f"A latency table serves a budget in milliseconds, such as latency=0.6x; {request.budget} is none."
+            f"A latency table serves a budget in milliseconds or points, such as latency=0.6x or drop=0.5; "
+            f"{request.budget} is none."
         )
     request.export.engine_specs()
     images = open_images(request.export.eval_data, preprocessing)

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,10 @@ class Limit(ABC):
     @abstractmethod
     def describe(self, amount: int) -> str:
         """An amount of what is counted, with its unit."""
+
+    def cheapest(self, space: SearchSpace, cost: ModelCost) -> dict[str, Rank]:
+        """The subnet of `space` that costs least."""
+        return space.smallest()
 
     def left_for_layers(self, cost: ModelCost) -> int:
         """The limit less what no rank changes: what `layer_cost` of all layers may add up to."""
@@ -97,6 +101,14 @@ class LatencyBudget(Limit):
     def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
         return self.latency.layer_ns(layer.name, rank)
 
+    def cheapest(self, space: SearchSpace, cost: ModelCost) -> dict[str, Rank]:
+        """Of each layer the fastest choice, which need not be the lowest rank."""
+
+        def ns(name: str) -> Callable[[Rank], int]:
+            return lambda rank: self.latency.layer_ns(name, rank)
+
+        return {name: min(choices, key=ns(name)) for name, choices in space.choices.items()}
+
     def describe(self, amount: int) -> str:
         return f"{amount / NANOSECONDS:.3g} ms at batch {self.latency.batch}"
 
@@ -113,10 +125,22 @@ def latency_parts(text: str) -> tuple[float, str, int]:
     return amount, found[2], batch
 
 
+def drop_parts(text: str) -> tuple[float, int]:
+    """Points and batch size of `drop=0.5@b8`; `InputError` for anything else."""
+    found = re.fullmatch(r"drop=(\d*\.?\d+)(?:@b(\d+))?", text)
+    points, batch = (float(found[1]), int(found[2] or USUAL_BATCH)) if found else (0.0, 0)
+    if not found or points > 100 or batch < 1:
+        raise InputError(
+            f"{text!r} is no drop; write drop=0.5 for at most half a point, for a batch size other than {USUAL_BATCH} "
+            "with @b1."
+        )
+    return points, batch
+
+
 def check_reachable(budget: Limit, space: SearchSpace, cost: ModelCost) -> None:
     """Raise `InputError` when no subnet of `space` lies within `budget`; one above the largest subnet is no error."""
     dense, smallest, largest = (
-        budget.cost_of(cost, ranks) for ranks in (cost.dense_ranks, space.smallest(), space.largest())
+        budget.cost_of(cost, ranks) for ranks in (cost.dense_ranks, budget.cheapest(space, cost), space.largest())
     )
     if budget.limit < smallest:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import tarfile
 from pathlib import Path
 
 import onnx
@@ -29,6 +30,7 @@ from flora.pipeline.sensitivity import (
 )
 from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
 from flora.provenance import device_facts
+from flora.ranks.budget import LatencyBudget
 from flora.ranks.config import RankConfig
 from flora.ranks.latency import LatencyModel, LatencyTable, ModelLatency, Site, SiteLatency
 from flora.resume import SETTINGS
@@ -341,9 +343,64 @@ def test_a_layer_whose_pivoted_form_is_fastest_gets_it_also_where_two_factors_wo
     assert load_model_folder(out / "model").config.pivoted == ranks.pivoted
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_budget_of_points_finds_the_fastest_ranks_that_lose_no_more(worked, tmp_path, labelled):
+    table = latency_table(worked, tmp_path / "latency.json")
+    selection = f"{worked.selection},limit=40" if labelled else str(unlabelled(tmp_path / "images"))
+    out = tmp_path / "bundle"
+    asked = request(worked, budget="drop=5", latency_table=tmp_path / "latency.json", select_data=selection)
+    steps = run(worked, out, asked)
+    assert steps[:5] == [*STEPS[:2], "trying budgets", *STEPS[2:]]
+    work = out.with_name("bundle.work")
+    ranks, supernet = RankConfig.load(work / "ranks-drop-5" / "ranks.json"), load_supernet(work / "supernet")
+    assert ranks.budget == "drop=5"
+    assert f"points of {'top-1' if labelled else 'agreement'} lost on 40 selection images" in ranks.origin
+    images = SelectionImages(TimmImages(selection, GREY))
+    answers = log_probabilities(load_model(str(worked.dense)).module, images).argmax(1)
+    wanted = torch.cat([labels for _, labels in images.batches()]) if labelled else answers
+
+    def lost(config: RankConfig) -> float:
+        with active_ranks(supernet.module, config.ranks):
+            found = log_probabilities(supernet.module, images).argmax(1)
+        return 100 * ((answers == wanted).float().mean() - (found == wanted).float().mean()).item()
+
+    latency, report = LatencyModel(table, batch=8), SensitivityReport.load(work / "sensitivity" / SENSITIVITY)
+    whole = LatencyBudget.parse("latency=1x", table)
+    fastest = whole.cheapest(supernet.config.space, supernet.config.cost)
+    least, found = (latency.ms(config) / latency.dense_ms for config in (fastest, ranks.ranks))
+    assert least <= found < 1
+    assert lost(ranks) <= 5
+    if found > least:
+        assert lost(allocated_ranks(supernet, report, f"latency={least + 1e-3:.4f}x", table)) > 5
+    assert run(worked, out, asked) == []
+
+
+def test_where_every_model_loses_more_the_dense_one_is_shipped(worked, tmp_path, monkeypatch):
+    latency_table(worked, tmp_path / "latency.json")
+    monkeypatch.setattr("flora.pipeline.drop._Judge.drop", lambda judge, module: 1.0)
+    asked = request(worked, budget="drop=0.5", latency_table=tmp_path / "latency.json")
+    run(worked, tmp_path / "bundle", asked)
+    ranks = RankConfig.load(tmp_path / "bundle.work" / "ranks-drop-0.5" / "ranks.json")
+    assert set(ranks.ranks.values()) == {"dense"}
+    assert ranks.origin == "no faster model lost at most 0.5 points of top-1"
+    assert load_bundle(tmp_path / "bundle").manifest.recommended is not None
+
+
+def unlabelled(folder: Path) -> Path:
+    """Forty images in one folder without classes."""
+    folder.mkdir()
+    with tarfile.open(FASHION / "selection.tar") as tar:
+        images = [member for member in tar.getmembers() if member.isfile()][:40]
+        for number, member in enumerate(images):
+            (folder / f"{number}.png").write_bytes(tar.extractfile(member).read())
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"budget": "drop=a little"}, "is no drop; write drop=0.5"),
+        ({"budget": "drop=1@b2"}, "no batch 2 in fp32"),
         ({"budget": "macs=60%"}, "serves a budget in milliseconds"),
         ({"budget": "latency=0.01x"}, "below the smallest subnet"),
         ({"budget": "latency=0.8x@b4"}, "no batch 4 in fp32"),

@@ -100,6 +100,17 @@ def test_ranks_are_allocated_within_milliseconds_and_a_slow_layer_stays_dense():
         check_reachable(LatencyBudget.parse("latency=0.1x", table()), space, cost)
 
 
+def test_a_budget_is_in_reach_where_the_fastest_choices_are_not_the_lowest_ranks():
+    slow = table().sites[0].model_copy(update={"ms": (9.0, 9.5, 10.0)})
+    models = [model_at(one.name, *one.ranks.values()) for one in table().models]
+    models[1:] = [one.model_copy(update={"ms": FIXED_MS + 2 * models[0].ms}) for one in models[1:]]
+    budget = LatencyBudget.parse("latency=1x", table(sites=(slow,), models=tuple(models)))
+    cost = ModelCost(layers=tuple(replace(SHAPE, name=name) for name in LAYERS), fixed_macs=1, fixed_params=1)
+    space = space_from_multiples(cost, 8)
+    assert budget.cheapest(space, cost) == cost.dense_ranks
+    check_reachable(budget, space, cost)
+
+
 def test_an_error_is_that_of_a_model_that_the_line_was_not_fitted_to():
     slow = model_at("slow", 24, 24)
     slow = slow.model_copy(update={"ms": 2 * slow.ms})
