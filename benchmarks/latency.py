@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import timm
 import torch
-from paper_counts import LAYERS as PAPER_LAYERS
 from paper_counts import ranks_of
 from results import Bar, arm, at_least, at_most, exactly, finish, read_arm
 
@@ -29,17 +28,17 @@ from flora.lowrank.checkpoint import LoadedModel, load_model, load_supernet, sav
 from flora.lowrank.materialize import materialize
 from flora.lowrank.pivot import pivot_layers
 from flora.lowrank.supernet import build_supernet
-from flora.lowrank.targets import find_targets, trace_cost
+from flora.lowrank.targets import PAPER_LAYERS, find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.latency import LatencyRequest, measure_latency
 from flora.pipeline.sensitivity import SensitivityRequest, measure_sensitivity
+from flora.pipeline.training_free import default_space
 from flora.ranks.allocate import allocate
 from flora.ranks.budget import Budget, LatencyBudget, Limit
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.latency import LatencyModel, LatencyTable
 from flora.ranks.paper import DEIT_B_8G, DEIT_S_2G7
 from flora.ranks.sensitivity import AdditiveModel
-from flora.ranks.space import SearchSpace, space_from_multiples
 
 NAME = "latency"
 ROOT = Path(__file__).parent.parent
@@ -54,8 +53,6 @@ REPEATS = {1: 41, 8: 15}
 RATIO, ALLOWED_RATIO = 0.6, 0.63
 MEDIAN_ERROR, WORST_ERROR = 0.05, 0.12
 SHARE_OF_CEILING = 0.95
-# Ranks for half of the MACs: multiples of 16 are a hundredth faster than those of 8, at the same loss.
-HALF_MULTIPLES = 16
 # The released subnets: model, width, ranks, and the MACs that the pivoted form leaves.
 RELEASED = {
     "deit-b": ("deit_base_patch16_224", 768, DEIT_B_8G, 7_578_292_224),
@@ -153,7 +150,7 @@ def chosen(
         supernet,
         data=f"{FASHION / 'calibration.tar'},limit=64",
         layers=LAYERS,
-        space="multiples=8",
+        space=default_space(f"latency={RATIO}x"),
         keep_redundant=True,
     )
     probes = measure_sensitivity(
@@ -162,16 +159,14 @@ def chosen(
     config = load_supernet(supernet).config
     errors = AdditiveModel({key: layer.spectrum for key, layer in config.layers.items()}, probes.probes)
 
-    def ranks_within(limit: Limit, space: SearchSpace = config.space) -> dict[str, Rank]:
-        found = allocate(errors.choices(space, cost, limit), limit.left_for_layers(cost))
+    def ranks_within(limit: Limit) -> dict[str, Rank]:
+        found = allocate(errors.choices(config.space, cost, limit), limit.left_for_layers(cost))
         assert found is not None
         return found
 
     by_latency = ranks_within(LatencyBudget.parse(f"latency={RATIO}x@b8", table))
     configs: dict[str, Config] = {"latency": (by_latency, latency.pivoted(by_latency))}
-    half = Budget.parse("macs=50%", cost)
-    configs["half"] = (ranks_within(half, space_from_multiples(cost, HALF_MULTIPLES)), ())
-    # Budgets on both sides of the latency: their losses are interpolated at equal latency.
+    # Half of the MACs, and budgets on both sides of the latency: their losses are interpolated at equal latency.
     for percent in (50, 55, 60, 65, 70):
         configs[f"macs={percent}%"] = (ranks_within(Budget.parse(f"macs={percent}%", cost)), ())
     measured = measured_ratios(name, model, request, 8, configs)
@@ -291,7 +286,7 @@ def _judge_chosen(key: str, found: Any, rows: list[list[str]], bars: list[Bar]) 
     )
     ratios, losses = zip(*sorted((one["ratio"], one["additive_loss"]) for one in by_macs), strict=True)
     loss = by_latency["additive_loss"] / float(np.exp(np.interp(by_latency["ratio"], ratios, np.log(losses))))
-    speed_up = 1 / found["configs"]["half"]["ratio"]
+    speed_up = 1 / found["configs"]["macs=50%"]["ratio"]
     pivoted = f"{len(by_latency['pivoted'])} layers pivoted"
     rows.append([key, f"asked {RATIO}x, measured", f"{by_latency['ratio']:.3f}x, {pivoted}"])
     rows.append([key, "additive loss over that of MACs-chosen ranks at equal latency", f"{loss:.3f}"])

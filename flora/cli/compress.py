@@ -74,7 +74,8 @@ from flora.ranks.space import DEFAULT_SPACE
 @click.option(
     "--space",
     metavar="SPACE",
-    help=f"As in flora build (default: multiples=8; for a supernet, {DEFAULT_SPACE}).",
+    help="As in flora build (default: multiples=8, for a budget of latency or drop multiples=16; for a supernet, "
+    f"{DEFAULT_SPACE}).",
 )
 @click.option("--share", type=float, default=0.3, show_default=True, help="Part of each cost bin that filtering keeps.")
 @fitness_option
@@ -190,7 +191,7 @@ def command(
                 *(loaded, out, request), on_start=say_when_there, on_step=shown.on_step, on_line=shown.on_line
             )
         else:
-            from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
+            from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free, default_space
 
             bundle = compress_training_free(
                 loaded,
@@ -202,7 +203,7 @@ def command(
                     select_data=select_data,
                     latency_table=latency_table,
                     layers=layers,
-                    space=space or "multiples=8",
+                    space=space or default_space(budget),
                     device=where,
                     workers=workers,
                     restart=restart,

@@ -36,6 +36,8 @@ PACKAGES = {
 MEASURED = "measured.json"
 DENSE = "dense.onnx"
 RANDOM_MODELS = 2
+# Vectors of current processors hold 16 numbers in single precision.
+RANK_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,17 +251,22 @@ class _Timing:
 
 
 def _measured_ranks(site: Site, points: int) -> tuple[int, ...]:
-    """So many ranks, the last where two factors have as many MACs as the dense layer; multiples of 8 below if many."""
+    """So many ranks, the last where two factors have as many MACs as the dense layer; below on a grid if many."""
     top = break_even_rank(site.in_features, site.out_features)
-    step = 8 if top >= 8 * points else 1
+    step = _grid(top, points)
     below = {max(step, int(rank) // step * step) for rank in np.linspace(step, top, points)[:-1]}
     return (*sorted(below - {top}), top)
+
+
+def _grid(top: int, points: int) -> int:
+    """The multiple that measured ranks are of: between others, kernels are slower by steps that no line follows."""
+    return RANK_MULTIPLE if top >= RANK_MULTIPLE * points else 1
 
 
 def _pivoted_ranks(site: Site, points: int) -> tuple[int, ...]:
     """Half as many ranks, from a quarter of the full one on: below, there is nothing to win."""
     full = site.full_rank
-    step = 8 if full >= 8 * points else 1
+    step = _grid(full, points)
     shares = np.linspace(0.25, 1, max(2, points // 2))
     return tuple(sorted({min(full - step, max(1, int(share * full) // step * step)) for share in shares} - {0}))
 

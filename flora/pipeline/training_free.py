@@ -24,7 +24,7 @@ from flora.pipeline.drop import ranks_within_drop
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
-from flora.pipeline.latency import LatencyRequest, measure_latency
+from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest, measure_latency
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
 from flora.provenance import device_facts
@@ -37,6 +37,11 @@ from flora.training.processes import is_main, processes, wait
 
 HELD_OUT = "1/4"
 CPU = torch.device("cpu")
+
+
+def default_space(budget: str) -> str:
+    """The grid of ranks where none is asked for: a finer one for MACs, that of fast kernels for time."""
+    return f"multiples={RANK_MULTIPLE if budget.startswith(('latency=', 'drop=')) else 8}"
 
 
 @dataclass(frozen=True, kw_only=True)
