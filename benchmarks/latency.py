@@ -30,9 +30,8 @@ from flora.lowrank.pivot import pivot_layers
 from flora.lowrank.supernet import build_supernet
 from flora.lowrank.targets import PAPER_LAYERS, find_targets, trace_cost
 from flora.pipeline.build import build
-from flora.pipeline.latency import LatencyRequest, measure_latency
+from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest, measure_latency
 from flora.pipeline.sensitivity import SensitivityRequest, measure_sensitivity
-from flora.pipeline.training_free import default_space
 from flora.ranks.allocate import allocate
 from flora.ranks.budget import Budget, LatencyBudget, Limit
 from flora.ranks.cost import ModelCost, Rank
@@ -150,7 +149,7 @@ def chosen(
         supernet,
         data=f"{FASHION / 'calibration.tar'},limit=64",
         layers=LAYERS,
-        space=default_space(f"latency={RATIO}x"),
+        space=f"multiples={RANK_MULTIPLE}",
         keep_redundant=True,
     )
     probes = measure_sensitivity(

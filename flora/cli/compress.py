@@ -44,7 +44,8 @@ from flora.ranks.space import DEFAULT_SPACE
     required=True,
     metavar="BUDGET",
     help="macs=45% of the dense model, macs=2.7G or params=12M; training-free also latency=0.6x or latency=12ms, and "
-    "drop=0.5: the fastest model that loses half a point on the selection images; at batch 8 or, with @b1, at another.",
+    "drop=0.5: the fastest ranks that lose at most half a point on the selection images, before the factors are fitted "
+    "again; at batch 8 or, with @b1, at another.",
 )
 @click.option(
     "--calib-data",
@@ -191,7 +192,7 @@ def command(
                 *(loaded, out, request), on_start=say_when_there, on_step=shown.on_step, on_line=shown.on_line
             )
         else:
-            from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free, default_space
+            from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
 
             bundle = compress_training_free(
                 loaded,
@@ -203,7 +204,7 @@ def command(
                     select_data=select_data,
                     latency_table=latency_table,
                     layers=layers,
-                    space=space or default_space(budget),
+                    space=space,
                     device=where,
                     workers=workers,
                     restart=restart,

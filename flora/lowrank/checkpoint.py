@@ -96,6 +96,11 @@ class ModelConfig(Document):
     image_sets: dict[Role, ImageSetRecord] = {}
     training: tuple[TrainingRecord, ...] = ()
 
+    @property
+    def is_factorized(self) -> bool:
+        """Whether any layer has a rank."""
+        return any(rank != "dense" for rank in self.ranks.values())
+
 
 class LayerRecord(BaseModel):
     """One target in `supernet.json`: its shape, and the energy of each component (see `Factors.spectrum`)."""

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flora.lowrank.factorize import nested_factors
 from flora.lowrank.materialize import factors_of
-from flora.lowrank.replay import Replay
+from flora.lowrank.replay import Replay, StopForwardError
 from flora.lowrank.statistics import frozen, token_weights
 from flora.lowrank.targets import linear_layers
 from flora.ranks.space import block_name, blocks_of
@@ -96,13 +96,13 @@ def _seen(model: nn.Module, images: Tensor, name: str, stream: _Stream | None) -
     def at_layer(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.update(x=args[0].detach(), y=output.detach().requires_grad_())
         if stream is None:
-            raise _SeenError
+            raise StopForwardError
         return seen["y"]
 
     def at_stream(value: Tensor) -> None:
         if "y" in seen:
             seen["stream"] = value
-            raise _SeenError
+            raise StopForwardError
 
     hooks = [model.get_submodule(name).register_forward_hook(at_layer)]
     if stream is not None:
@@ -111,7 +111,7 @@ def _seen(model: nn.Module, images: Tensor, name: str, stream: _Stream | None) -
             hooks.append(module.register_forward_pre_hook(lambda module, args: at_stream(args[0])))
         else:
             hooks.append(module.register_forward_hook(lambda module, args, output: at_stream(output)))
-    with frozen(model), _removed(hooks), torch.enable_grad(), suppress(_SeenError):
+    with frozen(model), _removed(hooks), torch.enable_grad(), suppress(StopForwardError):
         model(images)
     return _Seen(x=seen["x"], y=seen["y"], stream=seen.get("stream"))
 
@@ -149,8 +149,13 @@ def _stream(model: nn.Module, replay: Replay, images: Tensor, block: str, name: 
         place = _Stream(module=f"{block}.{child}", enters=True)
         hooks.append(part.register_forward_pre_hook(lambda module, args, place=place: note(place, args[0])))
     whole = _Stream(module=block, enters=False)
-    hooks.append(model.get_submodule(block).register_forward_hook(lambda module, args, out: note(whole, out)))
-    with frozen(model), _removed(hooks), replay.active(), torch.enable_grad():
+
+    def at_end(module: nn.Module, args: object, out: Tensor) -> None:
+        note(whole, out)
+        raise StopForwardError
+
+    hooks.append(model.get_submodule(block).register_forward_hook(at_end))
+    with frozen(model), _removed(hooks), replay.active(), torch.enable_grad(), suppress(StopForwardError):
         model(images)
     draw = torch.Generator().manual_seed(0)
     for stream, value in reversed(found):
@@ -230,10 +235,6 @@ def _fit(down: nn.Linear, up: nn.Linear, dense_weight: Tensor, sums: _Sums) -> N
     up.weight.copy_(second[:, :rank])
     if up.bias is not None:
         up.bias.copy_(z - second[:, :rank] @ (first[:rank] @ x))
-
-
-class _SeenError(Exception):
-    """What is needed was seen: the rest of the model need not run."""
 
 
 @contextmanager

@@ -47,6 +47,12 @@ def factors_of(pair: nn.Module) -> tuple[nn.Linear, nn.Linear]:
     return cast(nn.Linear, pair.get_submodule("down")), cast(nn.Linear, pair.get_submodule("up"))
 
 
+@torch.no_grad()
+def product_of(down: nn.Linear, up: nn.Linear) -> nn.Linear:
+    """The two factors as one dense linear."""
+    return _linear(up.weight @ down.weight, up.bias)
+
+
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")

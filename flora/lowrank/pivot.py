@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flora.lowrank.materialize import factors_of
+from flora.lowrank.materialize import factors_of, product_of
+from flora.ranks.cost import break_even_rank
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ class PivotedLinear(nn.Module):
 
 
 def pivot_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Give the factorized layers `names` of `model` the pivoted form, in place; returns those that keep two factors.
+    """Give the factorized layers `names` of `model` the pivoted form, in place; returns those that cannot have it.
 
-    A layer keeps them where rounding errors would grow too much with the outputs of any window as pivots.
+    That are those for which rounding errors would grow too much with the outputs of any window as pivots. They keep two
+    factors, or are multiplied where these are not cheaper.
     """
     left = []
     for name in names:
@@ -54,7 +56,9 @@ def pivot_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
         pivoted = _pivoted(down.weight, up.weight, up.bias)
         if pivoted is None:
             left.append(name)
-            log.warning("%s keeps two factors: no window of its outputs decides the others well enough", name)
+            log.warning("%s is not pivoted: no window of its outputs decides the others well enough", name)
+            if down.out_features >= break_even_rank(down.in_features, up.out_features):
+                model.set_submodule(name, product_of(down, up))
         else:
             model.set_submodule(name, pivoted)
     return left

@@ -40,7 +40,7 @@ class Replay:
         def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             entered.append(args[0].detach().cpu())
             if self._stops and inputs:
-                raise _StopForwardError
+                raise StopForwardError
 
         hooks = [self._blocks[place].register_forward_pre_hook(enter)]
         hooks += [
@@ -56,7 +56,7 @@ class Replay:
                     entered.clear()
                     for calls in kept_shape:
                         calls.clear()
-                    with suppress(_StopForwardError):
+                    with suppress(StopForwardError):
                         self._model(batch.to(device))
                     fits = sum(kept.nbytes for kept in (*inputs, *entered)) <= REPLAY_BYTES
                     if not fits or len(entered) != 1 or any(calls != [True] for calls in kept_shape):
@@ -92,5 +92,5 @@ class Replay:
                 del changed.forward
 
 
-class _StopForwardError(Exception):
+class StopForwardError(Exception):
     """What is needed was seen: the rest of the model need not run."""

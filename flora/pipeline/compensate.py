@@ -1,5 +1,6 @@
 """Compensating a compact model without training, and keeping that only where it helps on selection images."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,11 +75,16 @@ def compensate_job(
         compensate(
             model, teacher, list(compact.config.ranks), lambda: (b for b, _ in kept.batches()), on_layer=on_layer
         )
-        found = Compensation(images=len(calibration), before=divergence(plain), after=divergence(model))
+        before, after = divergence(plain), divergence(model)
+        if not math.isfinite(after):
+            raise InputError(
+                f"Compensating {source} gave a model without finite outputs; give more calibration images or others."
+            )
+        found = Compensation(images=len(calibration), before=before, after=after)
         save_model(
             out,
             model if found.helps else plain,
-            compact.config.model_copy(update={"compensation": found}),
+            compact.config.model_copy(update={"compensation": found} if compact.config.is_factorized else {}),
             ranks=RankConfig.load(source / RANK_CONFIG),
             extra={SETTINGS: job},
         )

@@ -358,7 +358,8 @@ def _notes(
     notes = []
     if not_pivoted:
         notes.append(
-            f"Rounding errors would grow too much in the pivoted form of {few(not_pivoted)}: two factors were exported."
+            f"Rounding errors would grow too much in the pivoted form of {few(not_pivoted)}: two factors were "
+            "exported, or their product where it is cheaper, so these layers are slower than predicted."
         )
     if dense is None and source.config.ranks:
         notes.append(
@@ -369,7 +370,7 @@ def _notes(
         verb = "were fitted again" if fitted.helps else "were left as they were, for fitting them again did not help"
         notes.append(
             f"The factors {verb} on {fitted.images} calibration images: on the selection images the divergence from "
-            f"the dense model is {fitted.before:.3g} nats before and {fitted.after:.3g} behind."
+            f"the dense model is {fitted.before:.3g} nats before and {fitted.after:.3g} after."
         )
     if report.stages[0].top1 is None:
         notes.append("The images have no labels: agreement with the dense model stands in for accuracy.")

@@ -124,6 +124,7 @@ def measure_latency(
             "layers": [layer.name for layer in cost.layers],
             "conditions": request.conditions,
             "points": request.points,
+            "forms": ("dense", "two factors", "pivoted"),
             **device,
             **runtime,
         }
@@ -268,7 +269,7 @@ def _pivoted_ranks(site: Site, points: int) -> tuple[int, ...]:
     full = site.full_rank
     step = _grid(full, points)
     shares = np.linspace(0.25, 1, max(2, points // 2))
-    return tuple(sorted({min(full - step, max(1, int(share * full) // step * step)) for share in shares} - {0}))
+    return tuple(sorted({min(full - step, max(step, int(share * full) // step * step)) for share in shares} - {0}))
 
 
 def _calibration_configs(cost: ModelCost) -> dict[str, tuple[dict[str, Rank], tuple[str, ...]]]:
@@ -281,7 +282,7 @@ def _calibration_configs(cost: ModelCost) -> dict[str, tuple[dict[str, Rank], tu
         mixed = {layer.name: draw.choice(["dense", *range(1, layer.break_even_rank)]) for layer in cost.layers}
         configs[f"mixed {seed + 1}"] = mixed, ()
     pivoted: dict[str, Rank] = {layer.name: max(1, layer.full_rank // 2) for layer in cost.layers}
-    configs["pivoted"] = pivoted, tuple(pivoted)
+    configs["pivoted"] = pivoted, tuple(layer.name for layer in cost.layers if layer.full_rank > 1)
     return configs
 
 
@@ -296,7 +297,7 @@ def _at_one_speed(
         usual = float(np.median([ms for ms, _ in group]))
         for ms, one in group:
             speed = usual / ms
-            times = {"dense_ms": one.dense_ms * speed, "ms": tuple(value * speed for value in one.ms)}
-            sites.append(one.model_copy(update=times))
+            times = {name: tuple(ms * speed for ms in getattr(one, name)) for name in ("ms", "pivoted_ms")}
+            sites.append(one.model_copy(update={"dense_ms": one.dense_ms * speed, **times}))
         models += [one.model_copy(update={"ms": one.ms * usual / beside}) for one in whole]
     return tuple(sites), tuple(models)

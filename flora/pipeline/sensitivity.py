@@ -18,6 +18,7 @@ from flora.ranks.budget import Budget, LatencyBudget, Limit, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.latency import LatencyTable
 from flora.ranks.sensitivity import AdditiveModel, LayerSensitivity
+from flora.ranks.space import SearchSpace
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
@@ -97,11 +98,16 @@ def measure_sensitivity(
 
 
 def allocated_ranks(
-    supernet: LoadedSupernet, report: SensitivityReport, budget: str, table: LatencyTable | None = None
+    supernet: LoadedSupernet,
+    report: SensitivityReport,
+    budget: str,
+    table: LatencyTable | None = None,
+    *,
+    space: SearchSpace | None = None,
 ) -> RankConfig:
     """The ranks of least predicted divergence within `budget` (as the user writes it: `macs=50%`).
 
-    With a latency table that budget may be one in milliseconds.
+    With a latency table that budget may be one in milliseconds. `space` takes the place of the supernet's own.
     """
     config = supernet.config
     if config.method == "released":
@@ -110,7 +116,7 @@ def allocated_ranks(
             "model."
         )
     limit = LatencyBudget.parse(budget, table) if table else Budget.parse(budget, config.cost)
-    return allocated_config(supernet, report, additive_model(supernet, report), limit)
+    return allocated_config(supernet, report, additive_model(supernet, report), limit, space or config.space)
 
 
 def additive_model(supernet: LoadedSupernet, report: SensitivityReport) -> AdditiveModel:
@@ -119,12 +125,12 @@ def additive_model(supernet: LoadedSupernet, report: SensitivityReport) -> Addit
 
 
 def allocated_config(
-    supernet: LoadedSupernet, report: SensitivityReport, model: AdditiveModel, limit: Limit
+    supernet: LoadedSupernet, report: SensitivityReport, model: AdditiveModel, limit: Limit, space: SearchSpace
 ) -> RankConfig:
-    """The ranks of least error by `model` within `limit`, which must be within reach."""
+    """The ranks of `space` of least error by `model` within `limit`, which must be within reach."""
     config = supernet.config
-    check_reachable(limit, config.space, config.cost)
-    ranks = allocate(model.choices(config.space, config.cost, limit), limit.left_for_layers(config.cost))
+    check_reachable(limit, space, config.cost)
+    ranks = allocate(model.choices(space, config.cost, limit), limit.left_for_layers(config.cost))
     assert ranks is not None
     latency = limit.latency if isinstance(limit, LatencyBudget) else None
     pivoted = latency.pivoted(ranks) if latency else ()

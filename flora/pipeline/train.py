@@ -315,7 +315,7 @@ def _save(
         save_model(
             out,
             module,
-            loaded.config.model_copy(update=update),
+            loaded.config.model_copy(update={**update, "compensation": None}),
             ranks=RankConfig.load(ranks) if ranks.is_file() else None,
             extra={SETTINGS: job},
         )

@@ -31,7 +31,7 @@ from flora.provenance import device_facts
 from flora.ranks.budget import Budget, LatencyBudget, check_reachable, drop_parts, latency_parts
 from flora.ranks.cost import ModelCost
 from flora.ranks.latency import LatencyModel, LatencyTable
-from flora.ranks.space import space_from_text
+from flora.ranks.space import SearchSpace, space_from_multiples, space_from_text
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
 
@@ -39,16 +39,12 @@ HELD_OUT = "1/4"
 CPU = torch.device("cpu")
 
 
-def default_space(budget: str) -> str:
-    """The grid of ranks where none is asked for: a finer one for MACs, that of fast kernels for time."""
-    return f"multiples={RANK_MULTIPLE if budget.startswith(('latency=', 'drop=')) else 8}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingFreeRequest:
     """`calib_data` needs no labels; without `select_data` every fourth image of it is held out to choose by.
 
     A budget in milliseconds goes by `latency_table`, or by one that is measured, for ONNX Runtime on this processor.
+    Without a `space` ranks are multiples of 8, of those for time every second one, which kernels run fastest.
     """
 
     calib_data: str
@@ -57,7 +53,7 @@ class TrainingFreeRequest:
     select_data: str | None = None
     latency_table: Path | None = None
     layers: tuple[str, ...]
-    space: str
+    space: str | None = None
     device: torch.device = CPU
     workers: int = 0
     restart: bool = False
@@ -71,6 +67,17 @@ class TrainingFreeRequest:
         if spec.fold or spec.left_out:
             raise InputError(f"{self.calib_data} is a part of a set already; say what to choose by with --select-data.")
         return f"{self.calib_data},except={HELD_OUT}", f"{self.calib_data},fold={HELD_OUT}"
+
+    def space_of(self, cost: ModelCost) -> SearchSpace:
+        """What ranks are chosen from; ranks above break-even are for the pivoted form."""
+        if self.space is not None or self.latency is None:
+            return space_from_text(self.built_space, cost, keep_redundant=True)
+        return space_from_multiples(cost, RANK_MULTIPLE, keep_redundant=True)
+
+    @property
+    def built_space(self) -> str:
+        """The supernet's own, which does not depend on the budget."""
+        return self.space or "multiples=8"
 
     @property
     def latency(self) -> LatencyRequest | None:
@@ -131,7 +138,7 @@ def compress_training_free(
             supernet,
             data=calibration,
             layers=request.layers,
-            space=request.space,
+            space=request.built_space,
             keep_redundant=True,  # at such ranks the pivoted form may still be faster than the dense layer
             workers=request.workers,
             on_start=begins("factorizing"),
@@ -148,6 +155,7 @@ def compress_training_free(
         assert table is not None
         ranks = ranks_within_drop(
             *(supernet, report, table, steps / f"ranks-{budget_slug(request.budget)}"),
+            space=request.space_of(cost),
             budget=request.budget,
             select_data=selection,
             device=request.device,
@@ -156,22 +164,23 @@ def compress_training_free(
             on_try=lambda line: on_step(f"trying budgets: {line}"),
         )
     else:
-        ranks = allocated_ranks(load_supernet(supernet), report, request.budget, table)
+        ranks = allocated_ranks(load_supernet(supernet), report, request.budget, table, space=request.space_of(cost))
     materialize_job(supernet, ranks, compact, on_start=begins("materializing"))
-    compensate_job(
-        compact,
-        compensated,
-        calib_data=calibration,
-        select_data=selection,
-        device=request.device,
-        workers=request.workers,
-        on_start=begins("compensating"),
-        on_layer=lambda done, layers: on_step(f"compensating: {done} of {layers} layers"),
-    )
-    if is_main():
-        export_job(
-            with_reference_of(compact, compensated), request.timed_export, out, on_start=on_start, on_step=on_step
+    shipped = compact
+    if not TimmImages(calibration, model.config.preprocessing).is_streamed:
+        shipped = compensated
+        compensate_job(
+            compact,
+            compensated,
+            calib_data=calibration,
+            select_data=selection,
+            device=request.device,
+            workers=request.workers,
+            on_start=begins("compensating"),
+            on_layer=lambda done, layers: on_step(f"compensating: {done} of {layers} layers"),
         )
+    if is_main():
+        export_job(with_reference_of(compact, shipped), request.timed_export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
 
@@ -209,7 +218,7 @@ def _latency_table(
     if request.asks_for_drop:
         LatencyModel(table, batch=request.latency.batches[0])
     else:
-        check_reachable(LatencyBudget.parse(request.budget, table), space_from_text(request.space, cost), cost)
+        check_reachable(LatencyBudget.parse(request.budget, table), request.space_of(cost), cost)
     return table
 
 
@@ -219,7 +228,7 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost
         raise InputError(f"{model.folder} is factorized already; compress the dense model.")
     preprocessing = model.config.preprocessing
     cost = trace_cost(model.module, find_targets(model.module, request.layers), preprocessing.input_size)
-    space = space_from_text(request.space, cost)
+    space = request.space_of(cost)
     if request.latency is None:
         check_reachable(Budget.parse(request.budget, cost), space, cost)
     if request.latency_table is not None and request.latency is None:

@@ -67,8 +67,8 @@ class Budget(Limit):
         if kind == "params":
             return cls(kind="params", limit=_limit(amount, cost.dense_params, given=text, word=WORDS[kind]), text=text)
         hint = near_matches(kind, WORDS)
-        if kind == "latency":
-            hint = " Milliseconds are for flora compress without training."
+        if kind in ("latency", "drop"):
+            hint = " Milliseconds and points are for flora compress without training."
         raise InputError(f"{text!r} is no budget; write macs=50% (of the dense model), macs=2.7G or params=12M.{hint}")
 
     def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:

@@ -9,9 +9,8 @@ from torch import nn
 from flora.lowrank.compensate import _fit, _stream, _Sums, compensate
 from flora.lowrank.materialize import materialize, pair
 from flora.lowrank.replay import Replay
-from flora.lowrank.targets import find_targets, trace_cost
 from flora.ranks.cost import Rank
-from tests.samples import IMAGE, random_images, tiny_model
+from tests.samples import random_images, tiny_model
 
 IMAGES = random_images(48, seed=3)
 
@@ -62,7 +61,6 @@ def test_the_stream_is_found_behind_the_layers_that_are_added_to_it(family):
     for name, parameter in dense.named_parameters():
         if name.endswith("gamma"):
             nn.init.uniform_(parameter, 0.5, 1.5)
-    cost = trace_cost(dense, find_targets(dense, ("qkv", "proj", "fc1", "fc2")), IMAGE)
     block = "layers.0.blocks.1" if family == "swin" else "blocks.1"
     names = [block]
     replay = Replay(dense, names, batches)
@@ -74,7 +72,6 @@ def test_the_stream_is_found_behind_the_layers_that_are_added_to_it(family):
     assert places["mlp.fc1"] is None
     assert (places["attn.proj"].module, places["attn.proj"].enters) == (f"{block}.norm2", True)
     assert (places["mlp.fc2"].module, places["mlp.fc2"].enters) == (block, False)
-    assert f"{block}.attn.proj" in cost.shapes
 
 
 @torch.no_grad()

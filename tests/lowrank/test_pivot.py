@@ -63,3 +63,15 @@ def test_a_layer_without_good_pivots_keeps_two_factors():
     before = copy.deepcopy(model)
     assert pivot_layers(model, ["layer"]) == ["layer"]
     torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_such_a_layer_becomes_dense_where_two_factors_are_not_cheaper():
+    up = torch.zeros(32, 8)
+    up[::4] = torch.eye(8)
+    down = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+    model = two_factors(down, up, torch.ones(32))
+    assert pivot_layers(model, ["layer"]) == ["layer"]
+    assert type(model["layer"]) is nn.Linear
+    torch.testing.assert_close(model["layer"].weight, up @ down)
+    torch.testing.assert_close(model["layer"].bias, torch.ones(32))

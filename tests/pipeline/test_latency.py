@@ -6,8 +6,8 @@ from flora.errors import BackendMissingError, InputError
 from flora.lowrank.checkpoint import LoadedModel, ModelConfig
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline import latency
-from flora.pipeline.latency import LatencyRequest, measure_latency
-from flora.ranks.latency import LatencyModel, LatencyTable
+from flora.pipeline.latency import LatencyRequest, _measured_ranks, _pivoted_ranks, measure_latency
+from flora.ranks.latency import LatencyModel, LatencyTable, Site
 from tests.clocked_device import NS_A_MAC, ClockedDevice
 from tests.samples import GREY, IMAGE, random_ranks, tiny_args, tiny_model
 
@@ -73,7 +73,8 @@ def test_a_device_that_changes_its_speed_between_groups_gives_the_same_table(dev
 
     drifting = measure_latency(model, tmp_path / "drifting.json", REQUEST, on_group=slower)
     for one, other in zip(steady.sites, drifting.sites, strict=True):
-        assert other.ms == pytest.approx(one.ms, rel=1e-6)
+        for times in ("dense_ms", "ms", "pivoted_ms"):
+            assert getattr(other, times) == pytest.approx(getattr(one, times), rel=1e-6)
     assert [one.ms for one in drifting.models] == pytest.approx([one.ms for one in steady.models], rel=1e-6)
 
 
@@ -121,3 +122,17 @@ def test_a_runtime_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(latency.PACKAGES, "openvino", ("openvino-of-tomorrow",))
     with pytest.raises(BackendMissingError, match="openvino needs openvino-of-tomorrow"):
         _ = LatencyRequest(layers=LAYERS, runtime="openvino").runtime_facts
+
+
+def test_shapes_are_measured_at_ranks_that_kernels_run_fast_and_at_the_break_even():
+    site = Site(in_features=384, out_features=1536, tokens=197)
+    *below, top = _measured_ranks(site, 8)
+    assert top == 308
+    assert len(below) == 7
+    assert not any(rank % 16 for rank in below)
+    assert below[0] == 16
+    pivoted = _pivoted_ranks(site, 8)
+    assert pivoted == (96, 192, 288, 368)
+    small = Site(in_features=48, out_features=48, tokens=5)
+    assert _measured_ranks(small, 3) == (1, 12, 24)
+    assert _pivoted_ranks(small, 3) == (16, 32)

@@ -38,7 +38,7 @@ from flora.training.data import TimmImages
 from flora.training.selection import SelectionImages, divergences, log_probabilities
 from tests.flora_command import leftovers
 from tests.pipeline.steps import files, taken
-from tests.samples import GREY
+from tests.samples import GREY, cost_of
 from tests.worked_example import FASHION, WorkedExample
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
@@ -120,7 +120,7 @@ def test_factors_are_fitted_again_only_where_that_helps_and_the_bundle_says_so(w
     assert after < before
     (note,) = load_bundle(whole.out).manifest.notes
     assert "were fitted again on 64 calibration images: on the selection images the divergence" in note
-    assert f"{before:.3g} nats before and {after:.3g} behind" in note
+    assert f"{before:.3g} nats before and {after:.3g} after" in note
 
     one, out = f"{worked.calibration},limit=1", tmp_path / "compensated"
     compensate_job(
@@ -310,6 +310,19 @@ def latency_table(worked: WorkedExample, file: Path, *, pivots: str | None = Non
     return table
 
 
+def test_budgets_of_time_choose_on_a_coarser_grid_than_budgets_of_macs_from_the_same_supernet(worked):
+    cost = cost_of((64, 192, 10), (64, 64, 10))
+    spaces = {
+        budget: request(worked, budget=budget, space=None).space_of(cost)
+        for budget in ("macs=50%", "params=1M", "latency=0.6x", "drop=1")
+    }
+    fine, coarse = tuple(range(8, 64, 8)), (16, 32, 48)
+    for budget, ranks in zip(spaces, (fine, fine, coarse, coarse), strict=True):
+        assert set(spaces[budget].choices.values()) == {(*ranks, "dense")}
+    assert request(worked, budget="latency=0.6x", space="multiples=4").space_of(cost).choices["blocks.0.l1"][0] == 4
+    assert request(worked, budget="latency=0.6x", space=None).built_space == "multiples=8"
+
+
 def test_a_budget_in_milliseconds_goes_by_the_table(worked, tmp_path):
     table = latency_table(worked, tmp_path / "latency.json")
     out = tmp_path / "bundle"
@@ -387,12 +400,13 @@ def test_where_every_model_loses_more_the_dense_one_is_shipped(worked, tmp_path,
 
 
 def unlabelled(folder: Path) -> Path:
-    """Forty images in one folder without classes."""
-    folder.mkdir()
+    """Forty images in two folders that are no classes."""
+    for camera in ("left", "right"):
+        (folder / camera).mkdir(parents=True)
     with tarfile.open(FASHION / "selection.tar") as tar:
         images = [member for member in tar.getmembers() if member.isfile()][:40]
         for number, member in enumerate(images):
-            (folder / f"{number}.png").write_bytes(tar.extractfile(member).read())
+            (folder / ("left", "right")[number % 2] / f"{number}.png").write_bytes(tar.extractfile(member).read())
     return folder
 
 
