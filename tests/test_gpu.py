@@ -10,6 +10,8 @@ import torch
 from export.engines import EngineSpec, engine_from_onnx
 from export.onnx import onnx_from_module
 from export.runners import CPU, OnnxRunner
+from flora.lowrank.compensate import compensate
+from flora.lowrank.materialize import materialize
 from flora.lowrank.replay import Replay
 from flora.lowrank.supernet import active_ranks, build_supernet
 from flora.lowrank.targets import find_targets, trace_cost
@@ -73,6 +75,18 @@ def test_filtering_on_the_gpu_scores_as_on_the_cpu_and_keeps_its_inputs_off_it(s
     replay.move_to(1)
     assert replay._inputs
     assert {kept.device.type for kept in replay._inputs} == {"cpu"}
+
+
+def test_compensation_on_the_gpu_comes_as_near_to_the_dense_model_as_on_the_cpu(supernet, vit_cost):
+    images, ranks = random_images(16, seed=3), uniform_ranks(vit_cost, 0.3)
+    expected = tiny_model("vit")(images)
+    distances = []
+    for device in ("cpu", "cuda"):
+        compact, dense = materialize(supernet, ranks).to(device), tiny_model("vit").to(device)
+        compensate(compact, dense, list(vit_cost.shapes), lambda: iter(images.split(8)))
+        with torch.no_grad():
+            distances.append((compact(images.to(device)).cpu() - expected).square().mean().item())
+    assert distances[1] == pytest.approx(distances[0], rel=0.05)
 
 
 def test_onnx_runtime_on_the_gpu_equals_the_cpu(onnx_file: Path):
