@@ -11,18 +11,18 @@ M C M^T. Few images must not lead far away from the layer W that was trained: M 
 lambda ||M - W||^2, so M = W + (K - W C) (C + lambda)^-1, with lambda = tr(C) / (effective number of tokens).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from flora.lowrank.factorize import nested_factors
+from flora.lowrank.hooks import StopForwardError, removed_after
 from flora.lowrank.materialize import factors_of
-from flora.lowrank.replay import Replay, StopForwardError
-from flora.lowrank.statistics import frozen, token_weights
+from flora.lowrank.replay import Replay
+from flora.lowrank.statistics import InputSums, frozen, token_weights
 from flora.lowrank.targets import linear_layers
 from flora.ranks.space import block_name, blocks_of
 
@@ -51,25 +51,24 @@ def compensate(
     weights = token_weights(dense, batches(), dense_layers)
     names = blocks_of(layers)
     blocks = [block_name(block[0]) for block in names]
-    compact.eval()
-    dense.eval()
     replays = [Replay(model, blocks, batches, stops=True) for model in (compact, dense)]
     device, done = next(compact.parameters()).device, 0
-    for place, block in enumerate(names):
-        for replay in replays:
-            replay.move_to(place)
-        for name in (name for name in block if name in pairs):
-            images = next(iter(batches())).to(device)
-            stream = _stream(compact, replays[0], images, blocks[place], name)
-            sums = _Sums()
-            with replays[0].active(), replays[1].active():
-                for images, weight in zip(batches(), weights[name], strict=True):
-                    wanted = _seen(dense, images.to(device), name, stream)
-                    found = _seen(compact, images.to(device), name, stream)
-                    sums.add(found.x, _target(found, wanted), weight)
-            _fit(*factors_of(compact.get_submodule(name)), dense_layers[name].weight, sums)
-            done += 1
-            on_layer(done, len(pairs))
+    with frozen(compact), frozen(dense):
+        for place, block in enumerate(names):
+            for replay in replays:
+                replay.move_to(place)
+            for name in (name for name in block if name in pairs):
+                images = next(iter(batches())).to(device)
+                stream = _stream(compact, replays[0], images, blocks[place], name)
+                sums = _Sums(dense_layers[name].in_features, dense_layers[name].out_features, device)
+                with replays[0].active(), replays[1].active():
+                    for images, weight in zip(batches(), weights[name], strict=True):
+                        wanted = _seen(dense, images.to(device), name, stream)
+                        found = _seen(compact, images.to(device), name, stream)
+                        sums.add(found.x, _target(found, wanted), weight)
+                _fit(*factors_of(compact.get_submodule(name)), dense_layers[name].weight, sums)
+                done += 1
+                on_layer(done, len(pairs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ class _Seen:
 
 
 def _seen(model: nn.Module, images: Tensor, name: str, stream: _Stream | None) -> _Seen:
-    """Run `model` up to what is asked for."""
+    """Run the frozen `model` up to what is asked for."""
     seen: dict[str, Tensor] = {}
 
     def at_layer(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ def _seen(model: nn.Module, images: Tensor, name: str, stream: _Stream | None) -
             hooks.append(module.register_forward_pre_hook(lambda module, args: at_stream(args[0])))
         else:
             hooks.append(module.register_forward_hook(lambda module, args, output: at_stream(output)))
-    with frozen(model), _removed(hooks), torch.enable_grad(), suppress(StopForwardError):
+    with removed_after(hooks), torch.enable_grad(), suppress(StopForwardError):
         model(images)
     return _Seen(x=seen["x"], y=seen["y"], stream=seen.get("stream"))
 
@@ -132,6 +131,7 @@ def _stream(model: nn.Module, replay: Replay, images: Tensor, block: str, name: 
 
     There each number is one of the layer's outputs, times a scale, plus what does not depend on the layer. That is
     tried with a random direction, for what enters the block's parts and what leaves the block; the last place counts.
+    `model` is frozen.
     """
     found: list[tuple[_Stream, Tensor]] = []
     output: list[Tensor] = []
@@ -155,7 +155,7 @@ def _stream(model: nn.Module, replay: Replay, images: Tensor, block: str, name: 
         raise StopForwardError
 
     hooks.append(model.get_submodule(block).register_forward_hook(at_end))
-    with frozen(model), _removed(hooks), replay.active(), torch.enable_grad(), suppress(StopForwardError):
+    with removed_after(hooks), replay.active(), torch.enable_grad(), suppress(StopForwardError):
         model(images)
     draw = torch.Generator().manual_seed(0)
     for stream, value in reversed(found):
@@ -172,51 +172,45 @@ def _stream(model: nn.Module, replay: Replay, images: Tensor, block: str, name: 
 class _Sums:
     """Weighted moments of inputs x [..., in] and wanted outputs z [..., out], about the means of the first batch."""
 
-    def __init__(self) -> None:
-        self._weight, self._squared_weight = 0.0, 0.0
-        self._shifts: tuple[Tensor, Tensor] | None = None
+    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+        self.inputs = InputSums(in_features, device)
+        self._squared_weight = torch.zeros((), dtype=torch.float64, device=device)
+        self._total = torch.zeros(out_features, dtype=torch.float64, device=device)
+        self._products = torch.zeros(out_features, in_features, dtype=torch.float64, device=device)
+        self._shift: Tensor | None = None
 
     def add(self, x: Tensor, z: Tensor, weights: Tensor) -> None:
         """Take in one batch with `weights` [...]."""
-        x, z = x.flatten(end_dim=-2).float(), z.flatten(end_dim=-2).float()
         weights = weights.flatten().to(x)
-        if self._shifts is None:
-            self._shifts = x.mean(0), z.mean(0)
-            self._xs, self._zs = (
-                torch.zeros_like(x[0], dtype=torch.float64),
-                torch.zeros_like(z[0], dtype=torch.float64),
-            )
-            self._xx, self._zx = (
-                torch.zeros(len(t[0]), x.shape[1], dtype=torch.float64, device=x.device) for t in (x, z)
-            )
-        x, z = x - self._shifts[0], z - self._shifts[1]
-        weighted = x * weights[:, None]
-        self._weight += weights.sum(dtype=torch.float64).item()
-        self._squared_weight += weights.square().sum(dtype=torch.float64).item()
-        self._xs += weighted.sum(0, dtype=torch.float64)
-        self._zs += (z * weights[:, None]).sum(0, dtype=torch.float64)
-        self._xx += x.T @ weighted
-        self._zx += z.T @ weighted
+        weighted = self.inputs.add(x, weights)
+        z = z.flatten(end_dim=-2).float()
+        if self._shift is None:
+            self._shift = z.mean(0)
+        z = z - self._shift
+        self._squared_weight += weights.square().sum(dtype=torch.float64)
+        self._total += (z * weights[:, None]).sum(0, dtype=torch.float64)
+        self._products += z.T @ weighted
 
     @property
     def effective_tokens(self) -> float:
         """So many tokens of equal weight would say as much."""
-        return self._weight**2 / self._squared_weight
+        return (self.inputs.weight.square() / self._squared_weight).item()
 
     @property
     def rounding(self) -> float:
         """Differences of variances below this one mean nothing."""
-        return ROUNDING * self._xx.trace().item() / self._weight + SMALLEST
+        return (ROUNDING * self.inputs.products.trace() / self.inputs.weight).item() + SMALLEST
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Those of x [in] and z [out], float64."""
-        assert self._shifts is not None
-        return self._shifts[0] + self._xs / self._weight, self._shifts[1] + self._zs / self._weight
+        assert self._shift is not None
+        return self.inputs.statistics().mean, self._shift + self._total / self.inputs.weight
 
     def covariances(self) -> tuple[Tensor, Tensor]:
         """E[x x^T] [in, in] and E[z x^T] [out, in], centred, float64."""
-        x, z = self._xs / self._weight, self._zs / self._weight
-        return self._xx / self._weight - torch.outer(x, x), self._zx / self._weight - torch.outer(z, x)
+        weight = self.inputs.weight
+        centred = self._products / weight - torch.outer(self._total / weight, self.inputs.total / weight)
+        return self.inputs.statistics().covariance, centred
 
 
 @torch.no_grad()
@@ -235,13 +229,3 @@ def _fit(down: nn.Linear, up: nn.Linear, dense_weight: Tensor, sums: _Sums) -> N
     up.weight.copy_(second[:, :rank])
     if up.bias is not None:
         up.bias.copy_(z - second[:, :rank] @ (first[:rank] @ x))
-
-
-@contextmanager
-def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
-    """The hooks, until the block is left."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

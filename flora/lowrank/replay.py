@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
+from flora.lowrank.hooks import StopForwardError, removed_after
+
 # The most that is kept of what enters a block; with more, every run is one of the whole model.
 REPLAY_BYTES = 8 * 2**30
 
@@ -50,22 +52,18 @@ class Replay:
             for block, calls in zip(self._blocks[:place], kept_shape, strict=True)
         ]
         device = next(self._model.parameters()).device
-        try:
-            with self.active(), torch.no_grad():
-                for batch in self._batches():
-                    entered.clear()
-                    for calls in kept_shape:
-                        calls.clear()
-                    with suppress(StopForwardError):
-                        self._model(batch.to(device))
-                    fits = sum(kept.nbytes for kept in (*inputs, *entered)) <= REPLAY_BYTES
-                    if not fits or len(entered) != 1 or any(calls != [True] for calls in kept_shape):
-                        self._place, self._inputs = 0, None
-                        return
-                    inputs += entered
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with removed_after(hooks), self.active(), torch.no_grad():
+            for batch in self._batches():
+                entered.clear()
+                for calls in kept_shape:
+                    calls.clear()
+                with suppress(StopForwardError):
+                    self._model(batch.to(device))
+                fits = sum(kept.nbytes for kept in (*inputs, *entered)) <= REPLAY_BYTES
+                if not fits or len(entered) != 1 or any(calls != [True] for calls in kept_shape):
+                    self._place, self._inputs = 0, None
+                    return
+                inputs += entered
         self._place, self._inputs = place, inputs
 
     @property
@@ -90,7 +88,3 @@ class Replay:
         finally:
             for changed in (*skipped, block):
                 del changed.forward
-
-
-class StopForwardError(Exception):
-    """What is needed was seen: the rest of the model need not run."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.errors import InputError, few
+from flora.lowrank.hooks import removed_after
 from flora.ranks.cost import LayerShape
 
 # A backward pass keeps the activations of all its images; two need less memory than a large model's weights.
@@ -35,7 +36,7 @@ class InputStatistics:
         return self.second_moment - torch.outer(self.mean, self.mean)
 
 
-class _Sums:
+class InputSums:
     """Running sums over the rows that a layer receives, less the mean of its first batch, each row with a weight."""
 
     def __init__(self, features: int, device: torch.device) -> None:
@@ -45,8 +46,11 @@ class _Sums:
         self.products = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.shift: Tensor | None = None
 
-    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
-        """Take in `inputs` [..., in] with `weights` [...], or all with the weight one."""
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Take in `inputs` [..., in] with `weights` [...], or all with the weight one.
+
+        Returns the weighted rows [N, in], less the shift.
+        """
         rows = inputs.detach().flatten(end_dim=-2).float()  # [B * N, in]
         if self.shift is None:
             self.shift = rows.mean(0)
@@ -59,6 +63,7 @@ class _Sums:
         self.weight += weights.sum(dtype=torch.float64)
         self.total += weighted.sum(0, dtype=torch.float64)
         self.products += rows.T @ weighted
+        return weighted
 
     def statistics(self) -> InputStatistics:
         """Of the inputs themselves: the shift, which only keeps the products precise, is taken out again."""
@@ -79,7 +84,7 @@ def collect_statistics(
     the layer when an activation is not finite.
     """
     device = next(model.parameters()).device
-    sums = {name: _Sums(layer.in_features, device) for name, layer in layers.items()}
+    sums = {name: InputSums(layer.in_features, device) for name, layer in layers.items()}
     draw = torch.Generator().manual_seed(0)
     with frozen(model):
         for images in batches:
@@ -97,7 +102,9 @@ def collect_statistics(
 
 
 @torch.no_grad()
-def _add_plain(model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear], sums: Mapping[str, _Sums]) -> None:
+def _add_plain(
+    model: nn.Module, images: Tensor, layers: Mapping[str, nn.Linear], sums: Mapping[str, InputSums]
+) -> None:
     for name, (inputs, _) in _forward(model, images, layers)[1].items():
         sums[name].add(inputs)
 
@@ -155,11 +162,8 @@ def _forward(
         return lambda layer, inputs, output: seen.update({name: (inputs[0], output)})
 
     hooks = [layer.register_forward_hook(remember(name)) for name, layer in layers.items()]
-    try:
+    with removed_after(hooks):
         return model(images), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

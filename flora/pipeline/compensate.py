@@ -1,5 +1,6 @@
 """Compensating a compact model without training, and keeping that only where it helps on selection images."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -65,9 +66,10 @@ def compensate_job(
         dense = load_reference(compact.config)
         if dense is None:
             raise InputError(f"The dense model that {source} came from is gone; build and materialize again.")
-        plain, model, teacher = compact.module.to(device), load_model_folder(source).module.to(device), dense.module
+        plain, teacher = compact.module.to(device), dense.module.to(device)
+        model = copy.deepcopy(plain)
         images, kept = SelectionImages(selection), SelectionImages(calibration, batch_size=BATCH_SIZE)
-        wanted = log_probabilities(teacher.to(device), images)
+        wanted = log_probabilities(teacher, images)
 
         def divergence(module: torch.nn.Module) -> float:
             return divergences(wanted, log_probabilities(module, images)).mean().item()

@@ -9,6 +9,7 @@ from torch import nn
 from flora.lowrank.compensate import _fit, _stream, _Sums, compensate
 from flora.lowrank.materialize import materialize, pair
 from flora.lowrank.replay import Replay
+from flora.lowrank.statistics import frozen
 from flora.ranks.cost import Rank
 from tests.samples import random_images, tiny_model
 
@@ -64,10 +65,11 @@ def test_the_stream_is_found_behind_the_layers_that_are_added_to_it(family):
     block = "layers.0.blocks.1" if family == "swin" else "blocks.1"
     names = [block]
     replay = Replay(dense, names, batches)
-    places = {
-        kind: _stream(dense, replay, IMAGES[:16], block, f"{block}.{kind}")
-        for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    }
+    with frozen(dense):
+        places = {
+            kind: _stream(dense, replay, IMAGES[:16], block, f"{block}.{kind}")
+            for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        }
     assert places["attn.qkv"] is None
     assert places["mlp.fc1"] is None
     assert (places["attn.proj"].module, places["attn.proj"].enters) == (f"{block}.norm2", True)
@@ -82,7 +84,7 @@ def test_at_the_rank_of_what_is_wanted_the_fit_is_exact_with_many_tokens():
     bias = torch.randn(8, generator=generator)
     weights = torch.rand(1, 200_000, generator=generator)
     layer = pair(nn.Linear(6, 2, bias=False), nn.Linear(2, 8))
-    sums = _Sums()
+    sums = _Sums(6, 8, torch.device("cpu"))
     for part, weight in zip(x.split(50_000, dim=1), weights.split(50_000, dim=1), strict=True):
         sums.add(part, part @ low_rank.T + bias, weight)
     assert sums.effective_tokens == pytest.approx(200_000 * 3 / 4, rel=0.01)
@@ -97,7 +99,7 @@ def test_few_tokens_do_not_lead_far_away_from_the_trained_layer():
     dense = torch.randn(8, 6, generator=generator)
     x = torch.randn(1, 3, 6, generator=generator)
     layer = pair(nn.Linear(6, 5, bias=False), nn.Linear(5, 8))
-    sums = _Sums()
+    sums = _Sums(6, 8, torch.device("cpu"))
     sums.add(x, x @ dense.T + 0.5 * torch.randn(1, 3, 8, generator=generator), torch.ones(1, 3))
     _fit(*layer, dense, sums)
     fitted = layer.up.weight @ layer.down.weight
@@ -108,7 +110,7 @@ def test_few_tokens_do_not_lead_far_away_from_the_trained_layer():
 @pytest.mark.parametrize("bias", [True, False])
 def test_inputs_that_never_change_are_no_error(bias):
     layer = pair(nn.Linear(6, 2, bias=False), nn.Linear(2, 8, bias=bias))
-    sums = _Sums()
+    sums = _Sums(6, 8, torch.device("cpu"))
     sums.add(torch.ones(1, 5, 6), torch.ones(1, 5, 8), torch.ones(1, 5))
     _fit(*layer, torch.randn(8, 6), sums)
     output = layer(torch.ones(1, 6))
