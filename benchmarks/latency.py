@@ -8,6 +8,7 @@ arm keeps its result; with --resume the command goes on. Needs a processor that 
 import argparse
 import copy
 import random
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -83,8 +84,8 @@ def measured_ratios(
     if not dense.is_file():
         onnx_from_module(model.module, dense, preprocessing=model.config.preprocessing, max_batch=64)
     graph, cost = onnx.load(dense), cost_of(model)
-    path = RUNS / "model.onnx"
     with ExitStack() as opened:
+        path = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "model.onnx"
         runners: dict[str, Runner] = {}
         for key, (ranks, pivoted) in {"dense": (cost.dense_ranks, ()), **configs}.items():
             graph_at_ranks(graph, cost.shapes, ranks, path, pivoted)
@@ -280,9 +281,7 @@ def _judge_predictions(key: str, found: Any, rows: list[list[str]], bars: list[B
 
 def _judge_chosen(key: str, found: Any, rows: list[list[str]], bars: list[Bar]) -> None:
     by_latency = found["configs"]["latency"]
-    by_macs = sorted(
-        (one["ratio"], one["additive_loss"]) for k, one in found["configs"].items() if k.startswith("macs")
-    )
+    by_macs = [one for name, one in found["configs"].items() if name.startswith("macs")]
     ratios, losses = zip(*sorted((one["ratio"], one["additive_loss"]) for one in by_macs), strict=True)
     loss = by_latency["additive_loss"] / float(np.exp(np.interp(by_latency["ratio"], ratios, np.log(losses))))
     speed_up = 1 / found["configs"]["macs=50%"]["ratio"]
