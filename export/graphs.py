@@ -87,7 +87,7 @@ def graph_at_ranks(
     graph = changed.graph
     for name, node in _linear_nodes(changed, shapes).items():
         shape, rank = shapes[name], ranks[name]
-        if not (shape.is_factored(rank) or (name in pivoted and rank != "dense")):
+        if not shape.is_factored(rank, pivoted=name in pivoted):
             continue
         nodes, constants = _products(
             node.input[0], name, shape.in_features, shape.out_features, rank, pivoted=name in pivoted

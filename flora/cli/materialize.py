@@ -49,7 +49,9 @@ def command(
     compact = compact_from_supernet(loaded, config)
     save_model(out, compact.module, compact.config, ranks=config)
     cost = loaded.config.cost
-    factored = sum(cost.shapes[name].is_factored(rank) or name in config.pivoted for name, rank in config.ranks.items())
+    factored = sum(
+        cost.shapes[name].is_factored(rank, pivoted=name in config.pivoted) for name, rank in config.ranks.items()
+    )
     macs, params = cost.macs(config.ranks, config.pivoted), cost.params(config.ranks, config.pivoted)
     if as_json:
         print_json(

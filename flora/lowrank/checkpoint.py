@@ -96,11 +96,6 @@ class ModelConfig(Document):
     image_sets: dict[Role, ImageSetRecord] = {}
     training: tuple[TrainingRecord, ...] = ()
 
-    @property
-    def is_factorized(self) -> bool:
-        """Whether any layer has a rank."""
-        return any(rank != "dense" for rank in self.ranks.values())
-
 
 class LayerRecord(BaseModel):
     """One target in `supernet.json`: its shape, and the energy of each component (see `Factors.spectrum`)."""
@@ -262,7 +257,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
     for name, layer in linear_layers(module, config.ranks).items():
         rank = config.ranks[name]
         shape = LayerShape(name=name, in_features=layer.in_features, out_features=layer.out_features, tokens=1)
-        if rank != "dense" and (shape.is_factored(rank) or name in config.pivoted):
+        if shape.is_factored(rank, pivoted=name in config.pivoted):
             down = nn.Linear(layer.in_features, rank, bias=False)
             module.set_submodule(name, pair(down, nn.Linear(rank, layer.out_features, bias=layer.bias is not None)))
     load_weights(module, read_weights(folder / MODEL_WEIGHTS), origin=str(folder / MODEL_WEIGHTS))

@@ -77,6 +77,7 @@ def compensate_job(
         compensate(
             model, teacher, list(compact.config.ranks), lambda: (b for b, _ in kept.batches()), on_layer=on_layer
         )
+        is_factorized = any(rank != "dense" for rank in compact.config.ranks.values())
         before, after = divergence(plain), divergence(model)
         if not math.isfinite(after):
             raise InputError(
@@ -86,7 +87,7 @@ def compensate_job(
         save_model(
             out,
             model if found.helps else plain,
-            compact.config.model_copy(update={"compensation": found} if compact.config.is_factorized else {}),
+            compact.config.model_copy(update={"compensation": found if is_factorized else None}),
             ranks=RankConfig.load(source / RANK_CONFIG),
             extra={SETTINGS: job},
         )

@@ -48,15 +48,15 @@ class LayerShape:
     def break_even_rank(self) -> int:
         return break_even_rank(self.in_features, self.out_features)
 
-    def is_factored(self, rank: Rank) -> TypeGuard[int]:
-        """Whether materializing at `rank` gives two factors instead of the dense product."""
-        return rank != "dense" and rank < self.break_even_rank
+    def is_factored(self, rank: Rank, *, pivoted: bool = False) -> TypeGuard[int]:
+        """Whether materializing at `rank` gives factors instead of the dense product; pivoted ones are at any rank."""
+        return rank != "dense" and (pivoted or rank < self.break_even_rank)
 
     def weights(self, rank: Rank, *, pivoted: bool = False) -> int:
         """Weights that the materialized layer multiplies each token with, biases left out."""
-        if pivoted and rank != "dense":
-            return rank * (self.in_features + self.out_features - rank)
-        return rank * (self.in_features + self.out_features) if self.is_factored(rank) else self.dense_weights
+        if not self.is_factored(rank, pivoted=pivoted):
+            return self.dense_weights
+        return rank * (self.in_features + self.out_features - (rank if pivoted else 0))
 
     def macs(self, rank: Rank, *, pivoted: bool = False) -> int:
         """MACs of the materialized layer for one image."""
