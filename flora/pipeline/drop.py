@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 
 from flora.artifact import check_replaceable, new_folder
 from flora.lowrank.checkpoint import RANK_CONFIG, content_digest, load_supernet
-from flora.lowrank.supernet import active_ranks
 from flora.pipeline.images import identity, open_images
 from flora.pipeline.job import OnStart
 from flora.pipeline.sensitivity import SensitivityReport, additive_model, allocated_config
@@ -20,7 +20,7 @@ from flora.ranks.space import SearchSpace
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, wait
-from flora.training.selection import SelectionImages, log_probabilities
+from flora.training.selection import Fitness, SelectionImages, SubnetScores, log_probabilities
 
 # So often is the interval halved that the latency lies in.
 HALVINGS = 8
@@ -63,45 +63,47 @@ def ranks_within_drop(
     )
     done = job.is_in(out)
     on_start(done)
-    if is_main() and not done:
-        dense = supernet.load_dense().module
-        labelled = _are_labels(images, cast(int, dense.num_classes))
-        judge = _Judge(SelectionImages(images), dense.to(device), labelled=labelled)
-        module, model = supernet.module.to(device), additive_model(supernet, report)
-        latency = LatencyModel(table, batch=batch)
+    if done:
+        return RankConfig.load(out / RANK_CONFIG)
+    module, dense = supernet.module.to(device), supernet.load_dense().module.to(device)
+    fitness: Fitness = "top1" if _are_labels(images, cast(int, dense.num_classes)) else "agreement"
+    what = {"top1": "top-1", "agreement": "agreement"}[fitness]
+    selection = SelectionImages(images)
+    scores = SubnetScores(module, selection, fitness=fitness, dense=dense)
+    dense_right = _right(dense, selection) if fitness == "top1" else len(selection)
+    model, latency = additive_model(supernet, report), LatencyModel(table, batch=batch)
+    dense_ns = latency.ns({})
 
-        def tried(share: float) -> tuple[RankConfig, bool]:
-            limit = LatencyBudget(
-                limit=math.ceil(share * latency.ns({})), text=f"latency={share:.4g}x", latency=latency
-            )
-            ranks = allocated_config(supernet, report, model, limit, space)
-            with active_ranks(module, ranks.ranks):
-                drop = judge.drop(module)
-            on_try(f"{share:.2f} of the dense latency costs {drop:.2f} points of {judge.what}")
-            origin = f"{ranks.origin}, {drop:.2f} points of {judge.what} lost on {len(images)} selection images"
-            return ranks.model_copy(update={"budget": budget, "origin": origin}), drop <= points
+    def tried(share: float) -> tuple[RankConfig, bool]:
+        limit = LatencyBudget(limit=math.ceil(share * dense_ns), text=budget, latency=latency)
+        ranks = allocated_config(supernet, report, model, limit, space)
+        (right,) = scores([ranks.ranks], 0, len(selection))
+        drop = 100 * (dense_right - int(right.sum())) / len(selection)
+        on_try(f"{share:.2f} of the dense latency costs {drop:.2f} points of {what}")
+        origin = f"{ranks.origin}, {drop:.2f} points of {what} lost on {len(images)} selection images"
+        return ranks.model_copy(update={"origin": origin}), drop <= points
 
-        dense_ns = latency.ns({})
-        whole = LatencyBudget(limit=dense_ns, text=budget, latency=latency)
-        low, high = whole.cost_of(config.cost, whole.cheapest(space, config.cost)) / dense_ns, 1.0
-        found, enough = tried(low)
-        for _ in range(0 if enough else HALVINGS):
-            middle = (low + high) / 2
-            ranks, fits = tried(middle)
-            if fits:
-                found, enough, high = ranks, True, middle
-            else:
-                low = middle
-        if not enough:
-            cost, dense_ranks = config.cost, config.cost.dense_ranks
-            changes = {"ranks": dense_ranks, "pivoted": (), "macs": cost.dense_macs, "params": cost.dense_params}
-            origin = f"no faster model lost at most {points:g} points of {judge.what}"
-            found = found.model_copy(update=changes | {"latency_ms": latency.dense_ms, "origin": origin})
+    whole = LatencyBudget(limit=dense_ns, text=budget, latency=latency)
+    low, high = whole.cost_of(config.cost, whole.cheapest(space, config.cost)) / dense_ns, 1.0
+    found, enough = tried(low)
+    for _ in range(0 if enough else HALVINGS):
+        middle = (low + high) / 2
+        ranks, fits = tried(middle)
+        if fits:
+            found, enough, high = ranks, True, middle
+        else:
+            low = middle
+    if not enough:
+        cost, dense_ranks = config.cost, config.cost.dense_ranks
+        changes = {"ranks": dense_ranks, "pivoted": (), "macs": cost.dense_macs, "params": cost.dense_params}
+        origin = f"no faster model lost at most {points:g} points of {what}"
+        found = found.model_copy(update=changes | {"latency_ms": latency.dense_ms, "origin": origin})
+    if is_main():
         with new_folder(out, marker=RANK_CONFIG) as folder:
             job.save(folder / SETTINGS)
             found.save(folder / RANK_CONFIG)
     wait()
-    return RankConfig.load(out / RANK_CONFIG)
+    return found
 
 
 def _are_labels(images: TimmImages, classes: int) -> bool:
@@ -110,19 +112,7 @@ def _are_labels(images: TimmImages, classes: int) -> bool:
     return bool(((labels >= 0) & (labels < classes)).all()) and named in (0, classes)
 
 
-class _Judge:
-    """Points that a model loses against the dense one: of top-1 with labels, of agreement without."""
-
-    def __init__(self, images: SelectionImages, dense: torch.nn.Module, *, labelled: bool) -> None:
-        self._images = images
-        labels = torch.cat([labels for _, labels in images.batches()])
-        answers = log_probabilities(dense, images).argmax(1)
-        self.what = "top-1" if labelled else "agreement"
-        self._wanted = labels if labelled else answers
-        self._dense = self._points(answers)
-
-    def drop(self, model: torch.nn.Module) -> float:
-        return self._dense - self._points(log_probabilities(model, self._images).argmax(1))
-
-    def _points(self, answers: torch.Tensor) -> float:
-        return 100 * (answers == self._wanted).float().mean().item()
+def _right(model: nn.Module, images: SelectionImages) -> int:
+    """How many of `images` the model classifies correctly."""
+    labels = torch.cat([labels for _, labels in images.batches()])
+    return int((log_probabilities(model, images).argmax(1) == labels).sum())
