@@ -31,7 +31,7 @@ from flora.lowrank.checkpoint import load_model_folder
 NAME = "paper_road"
 COMPACT = HERE / "compact"
 # A budget at which the untrained loss shows, for the comparison of starts.
-INHERITANCE = ("fashion7", 20)
+INHERITANCE = ("fashion7", 25)
 SEARCHED = ("fashion7", 15)
 FASTEST = "fashion7"
 # Points by which half precision may move a kept model's top-1.
