@@ -19,6 +19,7 @@ from export.benchmark import LatencyStats
 from export.comparison import compare
 from export.engines import EngineSpec, backend_version
 from export.runners import Runner
+from export.runtimes import ORT_CPU
 from export.verify import THRESHOLDS, VerifyReport, exceeded
 from flora.artifact import Document, new_file, sha256_of_file
 from flora.errors import InputError, few, near_matches
@@ -51,13 +52,17 @@ class EngineRecord(BaseModel):
 
 
 class ArtifactEntry(BaseModel):
-    """One artefact: `path` is relative to the bundle; `reason` says why it failed or was not run."""
+    """One artefact: `path` is relative to the bundle; `reason` says why it failed or was not run.
+
+    `runtime` is what an ONNX file was verified and measured on.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     path: str
     kind: Literal["onnx", "engine", "model"]
+    runtime: str = ORT_CPU
     precision: Literal["fp32", "fp16", "int8"]
     role: Literal["yardstick", "candidate"]
     status: Status

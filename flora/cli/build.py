@@ -78,6 +78,7 @@ def command(
     from flora.cli.output import millions, print_json, print_next, print_table, progress, say_when_done
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.build import build
+    from flora.pipeline.notes import layers_with_few_tokens, note_on_few_tokens
 
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
     loaded.module.to(torch_device(device))
@@ -99,6 +100,8 @@ def command(
     cost = supernet.config.cost
     calibration = supernet.config.image_sets.get("calibration")
     images = calibration.images if calibration else 0
+    if calibration and (lacking := layers_with_few_tokens(cost, images)):
+        click.echo(f"flora: {note_on_few_tokens(lacking)}", err=True)
     if as_json:
         print_json(
             {

@@ -1,8 +1,10 @@
 """`flora compress`."""
 
+import copy
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
@@ -18,6 +20,7 @@ from flora.cli.options import (
     out_option,
     parse_model_kwargs,
     population_option,
+    runtime_option,
     set_threads,
     split_names,
     targets_option,
@@ -28,6 +31,15 @@ from flora.cli.options import (
     workers_option,
 )
 from flora.ranks.space import DEFAULT_SPACE
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.bundle import Bundle
+    from flora.lowrank.checkpoint import LoadedModel
+    from flora.pipeline.compress import CompressRequest
+    from flora.pipeline.export import ExportRequest
+    from flora.pipeline.training_free import TrainingFreeRequest
 
 
 @click.command("compress")
@@ -41,11 +53,16 @@ from flora.ranks.space import DEFAULT_SPACE
 )
 @click.option(
     "--budget",
-    required=True,
     metavar="BUDGET",
     help="macs=45% of the dense model, macs=2.7G or params=12M; training-free also latency=0.6x or latency=12ms, and "
     "drop=0.5: the fastest ranks that lose at most half a point on the selection images, before the factors are fitted "
     "again; at batch 8 or, with @b1, at another.",
+)
+@click.option(
+    "--family",
+    metavar="BUDGETS",
+    help="Several budgets in place of one, such as 70%,50%,35% (of the MACs) or latency=0.8x,latency=0.6x: OUT gets a "
+    "bundle for each.",
 )
 @click.option(
     "--calib-data",
@@ -65,8 +82,12 @@ from flora.ranks.space import DEFAULT_SPACE
 )
 @click.option("--data", metavar="IMAGES", help="Training images, for --method supernet.")
 @click.option(
-    "--eval-data", metavar="IMAGES", required=True, help="Images that nothing else has seen, read once at the end."
+    "--eval-data",
+    metavar="IMAGES",
+    help="Images that nothing else has seen, read once at the end. Without them the bundle is verified on the "
+    "selection images, and says so.",
 )
+@runtime_option
 @out_option("bundle")
 @targets_option
 @click.option(
@@ -99,6 +120,7 @@ from flora.ranks.space import DEFAULT_SPACE
     help="Throw away what an unfinished step has left. Finished steps stay where they fit (to do all again, remove "
     "OUT.work).",
 )
+@click.option("--dry-run", is_flag=True, help="Say what is within reach, and how long each step takes; then stop.")
 @json_option
 @click.pass_context
 def command(
@@ -109,12 +131,14 @@ def command(
     pretrained: bool,
     model_kwargs: tuple[str, ...],
     method: str,
-    budget: str,
+    budget: str | None,
+    family: str | None,
     calib_data: str | None,
     select_data: str | None,
     latency_table: Path | None,
     data: str | None,
-    eval_data: str,
+    eval_data: str | None,
+    runtime: str,
     out: Path,
     targets: tuple[str, ...],
     layers: tuple[str, ...],
@@ -131,6 +155,7 @@ def command(
     device: str,
     threads: int | None,
     restart: bool,
+    dry_run: bool,
     as_json: bool,
     **training,
 ) -> None:
@@ -146,84 +171,154 @@ def command(
     is_supernet = method == "supernet"
     _reject_options(context, is_supernet)
     from flora.cli.output import StepProgress
-    from flora.cli.verification import print_bundle
+    from flora.cli.verification import print_bundle, print_family
     from flora.lowrank.checkpoint import load_model
+    from flora.pipeline.compress import CompressRequest, compress
     from flora.pipeline.export import ExportRequest
+    from flora.pipeline.family import budgets_of_family, compress_family
+    from flora.pipeline.job import folder_of_steps
+    from flora.pipeline.training_free import compress_training_free
     from flora.training.processes import is_main, processes
 
     where = torch_device(device)
     processes(where)
     export = ExportRequest(
-        eval_data=eval_data, targets=targets, max_drop=max_drop, threads=threads, command=("flora", *sys.argv[1:])
+        eval_data=eval_data,
+        runtime=runtime,
+        targets=targets,
+        max_drop=max_drop,
+        threads=threads,
+        command=("flora", *sys.argv[1:]),
     )
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
+    budgets = budgets_of_family(family) if family else (cast(str, budget),)
+    requests = {
+        one: _supernet_request(context.params, one, export, where, training)
+        if is_supernet
+        else _training_free_request(context.params, one, export, where)
+        for one in budgets
+    }
+    if dry_run:
+        _print_plan(loaded, requests, as_json=as_json)
+        return
 
-    def say_when_there(done: bool) -> None:
-        if done and is_main() and not as_json:
-            click.echo(f"flora: {out} is finished; there is nothing to do. Remove it to measure again.", err=True)
+    def run(budget: str, bundle: Path) -> "Bundle":
+        def say_when_there(done: bool) -> None:
+            if done and is_main() and not as_json:
+                click.echo(
+                    f"flora: {bundle} is finished; there is nothing to do. Remove it to measure again.", err=True
+                )
 
-    with StepProgress(hidden=as_json or not is_main()) as shown:
-        if is_supernet:
-            from flora.cli.training import settings_from_options
-            from flora.pipeline.compress import CompressRequest, compress
-            from flora.ranks.evolution import SearchSettings
-
-            settings = settings_from_options(training)
-            request = CompressRequest(
-                data=cast(str, data),
-                budget=budget,
-                export=export,
-                settings=settings,
-                finetune_epochs=settings.epochs if finetune_epochs is None else finetune_epochs,
-                calib_data=calib_data,
-                select_data=select_data,
-                layers=layers,
-                space=space or DEFAULT_SPACE,
-                share=share,
-                fitness=fitness,  # type: ignore[arg-type]
-                search=SearchSettings.of_size(population, generations, seed=training["seed"] or 0),
-                teacher=teacher,
-                teacher_checkpoint=teacher_checkpoint,
-                device=where,
-                workers=workers,
-                restart=restart,
-            )
-            bundle = compress(
-                *(loaded, out, request), on_start=say_when_there, on_step=shown.on_step, on_line=shown.on_line
-            )
-        else:
-            from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
-
-            bundle = compress_training_free(
-                loaded,
-                out,
-                TrainingFreeRequest(
-                    calib_data=cast(str, calib_data),
-                    budget=budget,
-                    export=export,
-                    select_data=select_data,
-                    latency_table=latency_table,
-                    layers=layers,
-                    space=space,
-                    device=where,
-                    workers=workers,
-                    restart=restart,
-                ),
+        # Factorizing uses up the module; the steps lie beside the family, for all its members.
+        own = replace(loaded, module=copy.deepcopy(loaded.module)) if family else loaded
+        steps, request = folder_of_steps(out), requests[budget]
+        if family:
+            shown.on_line(f"budget {budget}")
+        if isinstance(request, CompressRequest):
+            return compress(
+                *(own, bundle, request),
                 on_start=say_when_there,
                 on_step=shown.on_step,
+                on_line=shown.on_line,
+                steps=steps,
             )
+        return compress_training_free(
+            *(own, bundle, request), on_start=say_when_there, on_step=shown.on_step, steps=steps
+        )
+
+    with StepProgress(hidden=as_json or not is_main()) as shown:
+        if family:
+            members, bundles = compress_family(loaded.config.model, budgets, out, run)
+        else:
+            bundles = [run(budgets[0], out)]
     if not is_main():
         return
+    data_to_verify = eval_data or "IMAGES"
+    if family:
+        print_family(members, bundles, out, data_to_verify, as_json=as_json)
+        return
     print_bundle(
-        bundle,
+        bundles[0],
         f"the bundle {out} (its steps lie in {out}.work)",
-        f"flora verify {out} --data {eval_data}",
+        f"flora verify {out} --data {data_to_verify}",
         as_json=as_json,
     )
 
 
+def _training_free_request(
+    params: dict[str, Any], budget: str, export: "ExportRequest", device: "torch.device"
+) -> "TrainingFreeRequest":
+    from flora.pipeline.training_free import TrainingFreeRequest
+
+    names = ("calib_data", "select_data", "latency_table", "layers", "space", "workers", "restart")
+    return TrainingFreeRequest(budget=budget, export=export, device=device, **{name: params[name] for name in names})
+
+
+def _supernet_request(
+    params: dict[str, Any], budget: str, export: "ExportRequest", device: "torch.device", training: dict[str, Any]
+) -> "CompressRequest":
+    from flora.cli.training import settings_from_options
+    from flora.pipeline.compress import CompressRequest
+    from flora.ranks.evolution import SearchSettings
+
+    settings = settings_from_options(training)
+    more = params["finetune_epochs"]
+    names = ("data", "calib_data", "select_data", "layers", "share", "fitness", "teacher", "teacher_checkpoint")
+    return CompressRequest(
+        budget=budget,
+        export=export,
+        settings=settings,
+        finetune_epochs=settings.epochs if more is None else more,
+        space=params["space"] or DEFAULT_SPACE,
+        search=SearchSettings.of_size(params["population"], params["generations"], seed=training["seed"] or 0),
+        device=device,
+        **{name: params[name] for name in (*names, "workers", "restart")},
+    )
+
+
+def _print_plan(
+    model: "LoadedModel", requests: "dict[str, CompressRequest | TrainingFreeRequest]", *, as_json: bool
+) -> None:
+    """The plan of the first budget, after all have been checked: the others differ in the export alone."""
+    from flora.cli.output import millions, print_json, print_table
+    from flora.pipeline.plan import plan_supernet, plan_training_free
+    from flora.pipeline.training_free import TrainingFreeRequest
+
+    plans = [
+        plan_training_free(model, request)
+        if isinstance(request, TrainingFreeRequest)
+        else plan_supernet(model, request)
+        for request in requests.values()
+    ]
+    plan = plans[0]
+    dense_macs, dense_params = plan.reach["dense"]
+    if as_json:
+        print_json({"budgets": list(requests), **asdict(plan), "seconds": plan.seconds})
+        return
+    print_table(
+        ["within reach", "MACs", "of dense", "parameters", "of dense"],
+        [
+            [name, millions(macs), f"{macs / dense_macs:.1%}", millions(params), f"{params / dense_params:.1%}"]
+            for name, (macs, params) in plan.reach.items()
+        ],
+    )
+    print_table(
+        ["step", "images", "about"],
+        [
+            [step.what, "-" if step.images is None else f"{step.images:,}", f"{step.seconds / 60:.1f} min"]
+            for step in plan.steps
+        ],
+        title=f"About {plan.seconds / 60:.1f} minutes in all, reading images not counted",
+    )
+    if len(requests) > 1:
+        print("Each further budget takes the steps again that depend on it; the supernet and its probes serve all.")
+    print("Nothing was written. Leave out --dry-run to begin.")
+
+
 def _reject_options(context: click.Context, is_supernet: bool) -> None:
-    """Usage errors for images that are missing, and for options of the other method."""
+    """Usage errors for a budget and images that are missing, and for options of the other method."""
+    if (context.params["budget"] is None) == (context.params["family"] is None):
+        raise click.UsageError("Give either --budget BUDGET, such as macs=50%, or --family BUDGETS for several.")
     if is_supernet and context.params["data"] is None:
         raise click.UsageError("--method supernet trains, so it needs --data IMAGES.")
     if not is_supernet and context.params["calib_data"] is None:
@@ -242,5 +337,5 @@ def _reject_options(context: click.Context, is_supernet: bool) -> None:
 _BOTH = {
     *("model", "checkpoint", "pretrained", "model_kwargs", "method", "budget", "calib_data", "select_data"),
     *("eval_data", "out", "targets", "layers", "space", "max_drop", "workers", "device", "threads", "restart"),
-    *("as_json", "latency_table"),
+    *("as_json", "latency_table", "family", "runtime", "dry_run"),
 }

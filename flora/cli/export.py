@@ -10,6 +10,7 @@ from flora.cli.options import (
     json_option,
     max_drop_option,
     out_option,
+    runtime_option,
     set_threads,
     split_names,
     targets_option,
@@ -34,6 +35,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--eval-data", metavar="IMAGES", required=True, help=f"Images that every step is verified on: {IMAGES_HELP}."
 )
+@runtime_option
 @out_option("bundle")
 @click.option(
     "--reference",
@@ -64,6 +66,7 @@ def command(
     ranks: Path | None,
     targets: tuple[str, ...],
     eval_data: str,
+    runtime: str,
     out: Path,
     reference: Path | None,
     max_drop: float,
@@ -88,6 +91,7 @@ def command(
     request = ExportRequest(
         targets=targets,
         eval_data=eval_data,
+        runtime=runtime,
         reference=reference,
         max_drop=max_drop,
         opset=opset,

@@ -9,6 +9,7 @@ from flora.cli.options import (
     model_kwargs_option,
     parse_model_kwargs,
     restart_option,
+    runtime_option,
     set_threads,
     split_names,
 )
@@ -24,13 +25,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.command("latency-table")
 @model_kwargs_option
 @click.argument("model")
-@click.option(
-    "--runtime",
-    metavar="RUNTIME",
-    default="ort-cpu",
-    show_default=True,
-    help="ort-cpu or ort-cuda (ONNX Runtime), or openvino.",
-)
+@runtime_option
 @click.option(
     "--batch",
     "batches",

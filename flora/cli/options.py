@@ -247,6 +247,15 @@ targets_option = click.option(
 )
 
 
+runtime_option = click.option(
+    "--runtime",
+    metavar="RUNTIME",
+    default="ort-cpu",
+    show_default=True,
+    help="What runs the ONNX files: ort-cpu or ort-cuda (ONNX Runtime), or openvino.",
+)
+
+
 def set_threads(threads: int | None) -> None:
     """Apply --threads to torch."""
     if threads is not None:

@@ -1,9 +1,15 @@
 """Verification and bundles as tables: used by `flora export` and `flora verify`."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from export.bundle import Bundle, Manifest
 from export.verify import VerifyReport
 from flora.cli.output import millions, percent, print_json, print_next, print_table
-from flora.errors import GateFailedError
+from flora.errors import GateFailedError, few
+
+if TYPE_CHECKING:
+    from flora.pipeline.family import Family
 
 FP32_BYTES = 4
 
@@ -21,6 +27,41 @@ def print_bundle(bundle: Bundle, wrote: str, command: str, *, as_json: bool) -> 
         print_next(wrote, command)
     if not report.passed:
         raise GateFailedError(f"The gate failed at {report.first_failure}: the bundle is kept and labelled, see above.")
+
+
+def print_family(family: "Family", bundles: list[Bundle], out: Path, images: str, *, as_json: bool) -> None:
+    """What each budget gave, and the next command; `GateFailedError` where a gate failed."""
+    if as_json:
+        print_json(family.model_dump(mode="json"))
+    else:
+        print_table(
+            ["budget", "MACs", "parameters", "size", "top-1", "agrees with dense", "latency ratio", "gate", "Pareto"],
+            [
+                [
+                    member.budget,
+                    millions(member.macs),
+                    millions(member.params),
+                    f"{member.size_bytes / 2**20:.1f} MiB",
+                    percent(member.top1),
+                    percent(member.agreement),
+                    f"{member.latency_ratio:.2f}",
+                    "passed" if member.passed else "FAILED",
+                    "yes" if member.is_pareto else "no",
+                ]
+                for member in family.members
+            ],
+            title="Latency: over the dense model on the same runtime. Pareto: no other one is better in both",
+        )
+        for bundle in bundles:
+            print(f"{bundle.folder}:")
+            print_verdict(bundle.manifest)
+        print_next(
+            f"the bundles in {out} (their steps lie in {out}.work)",
+            *(f"flora verify {bundle.folder} --data {images}" for bundle in bundles),
+        )
+    failed = [member.budget for member in family.members if not member.passed]
+    if failed:
+        raise GateFailedError(f"The gate failed for {few(failed)}: the bundles are kept and labelled, see above.")
 
 
 def print_stages(report: VerifyReport) -> None:
@@ -59,7 +100,9 @@ def print_artifacts(manifest: Manifest) -> None:
     first = next(iter(manifest.latency.values()))
     rows = []
     for name in [*manifest.latency, *(name for name in artifacts if name not in manifest.latency)]:
-        entry = artifacts.get(name) or artifacts[name.replace("torch", "ONNX Runtime")]
+        entry = artifacts.get(name) or next(
+            artifacts[key] for key in artifacts if key.startswith(name.removesuffix("torch"))
+        )
         stage = stages.get(name) or next((stages[key] for key in stages if key.startswith(f"{name},")), None)
         latency = manifest.latency.get(name)
         rows.append(

@@ -21,7 +21,14 @@ from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.filter import FilterRequest, filter_space
-from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates, training_record
+from flora.pipeline.images import (
+    certified_record,
+    check_classes,
+    names_by_digest,
+    open_images,
+    refuse_duplicates,
+    training_record,
+)
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.search import SearchRequest, budget_slug, search, subnets_within_reach
 from flora.pipeline.train import TrainRequest, check_training, train
@@ -103,18 +110,20 @@ def compress(
     on_start: OnStart = lambda done: None,
     on_step: Callable[[str], None] = lambda step: None,
     on_line: Callable[[str], None] = lambda line: None,
+    steps: Path | None = None,
 ) -> Bundle:
     """Write the bundle `out`; stopped, the same call goes on with the step that was not finished.
 
-    `on_start` is told whether the bundle is there already, when the steps before it are done.
+    `on_start` is told whether the bundle is there already, when the steps before it are done. These lie in the folder
+    `steps`, by default in `OUT.work`.
     `on_step` gets what is being done, every moment; `on_line` what is worth keeping: what is within reach, then each
     filtered block, each epoch and each generation.
     """
     check_replaceable(out, marker=MANIFEST)
     calibration, selection, _ = request.image_sets
     processes(request.device)
-    steps = folder_of_steps(out)
-    _refuse_early(model, request)
+    steps = steps or folder_of_steps(out)
+    refuse_early(model, request)
     _tell_reach(model, request, on_line)
     supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
@@ -210,7 +219,8 @@ def compress(
         train_step(compact, tuned, request.finetune_epochs, "fine-tuning")
         shipped = tuned
     if is_main():
-        export_job(with_reference_of(compact, shipped), request.export, out, on_start=on_start, on_step=on_step)
+        export = request.export.judged_by(at_most(selection, SEARCH_IMAGES))
+        export_job(with_reference_of(compact, shipped), export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
 
@@ -234,7 +244,7 @@ def _extent(space: SearchSpace, cost: ModelCost) -> str:
     return f"{float(space.size):.3g} configs from {smallest} to {largest} MACs, mean {mean}"
 
 
-def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
+def refuse_early(model: LoadedModel, request: CompressRequest) -> None:
     """Raise `InputError` for what a later step would refuse after hours: budget, engines, images, labels, training."""
     if model.config.ranks:
         raise InputError(f"{model.folder} is factorized already; compress the dense model.")
@@ -246,12 +256,9 @@ def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
     check_reachable(Budget.parse(request.budget, cost), space, cost)
     kept_count(request.share, 1)
     request.export.engine_specs()
-    evaluation = open_images(request.export.eval_data, preprocessing)
-    check_classes(evaluation, classes)
     calibration, selection, training = (TimmImages(text, preprocessing) for text in request.image_sets)
     held_out = _names_of_chosen_by(selection.text, preprocessing)
     records = {
-        "evaluation": evaluation.record(),
         "selection": ImageSetRecord.of(selection.text, len(held_out), list(held_out)),
         "calibration": calibration.record(),
         "training": training_record(training.text, training),
@@ -260,12 +267,12 @@ def _refuse_early(model: LoadedModel, request: CompressRequest) -> None:
         refuse_duplicates(request.data, held_out, names_by_digest(training, records["training"]))
         if request.calib_data is None:
             refuse_duplicates(request.data, held_out, names_by_digest(calibration, records["calibration"]))
-    for own, others in (
-        ("evaluation", ("calibration", "selection", "training")),
-        ("selection", ("calibration", "training")),
-    ):
-        for other in others:
-            records[own].refuse_overlap(records[other], own_role=own, other_role=other)
+    for other in ("calibration", "training"):
+        records["selection"].refuse_overlap(records[other], own_role="selection", other_role=other)
+    if request.export.eval_data is not None:
+        evaluation = open_images(request.export.eval_data, preprocessing)
+        check_classes(evaluation, classes)
+        certified_record(evaluation, records)
     check_fitness(request.fitness, TimmImages(at_most(selection.text, SEARCH_IMAGES), preprocessing), model.module)
     check_training(model, request.training(request.settings.epochs))
     if request.finetune_epochs:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,12 @@ from export.bundle import (
 from export.engines import EngineSpec, backend_version, engine_from_onnx
 from export.images import ImageSet
 from export.onnx import onnx_from_module
-from export.runners import OnnxRunner, Runner
+from export.runners import Runner
+from export.runtimes import ORT_CPU, open_runner, runtime_called, runtime_version
 from export.torch_runner import TorchRunner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.artifact import check_replaceable, new_folder
-from flora.errors import InputError, few
-from flora.imagesets import ImageSetRecord
+from flora.errors import InputError
 from flora.lowrank.checkpoint import (
     LoadedModel,
     content_digest,
@@ -43,8 +43,16 @@ from flora.lowrank.pivot import pivot_layers
 from flora.lowrank.targets import trace_cost
 from flora.lowrank.weights import weights_digest
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
-from flora.pipeline.images import MOST_DIGESTS, certified_record, check_classes, identity, open_images
+from flora.pipeline.images import (
+    Unlabelled,
+    are_of_classes,
+    certified_record,
+    check_classes,
+    identity,
+    open_images,
+)
 from flora.pipeline.job import OnStart
+from flora.pipeline.notes import AskedLatency, note_on_pivots, notes_on
 from flora.provenance import device_facts, now, versions
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
@@ -56,9 +64,17 @@ TORCH_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What to export and how to prove it; `batches` are the smallest, usual and largest one."""
+    """What to export and how to prove it; `batches` are the smallest, usual and largest one.
 
-    eval_data: str
+    With `certifies` the images must be none that the model was made with; without, they are those it was chosen by,
+    and their labels count only where they are the model's classes. `runtime` runs the ONNX files, here and in later
+    verifications.
+    """
+
+    eval_data: str | None
+    certifies: bool = True
+    runtime: str = ORT_CPU
+    asked: AskedLatency | None = None
     targets: tuple[str, ...] = ("onnx",)
     reference: Path | None = None
     max_drop: float = 1.0
@@ -68,6 +84,10 @@ class ExportRequest:
     repeats: int = 20
     threads: int | None = None
     command: tuple[str, ...] = ()
+
+    def judged_by(self, selection: str) -> "ExportRequest":
+        """The same, on the `selection` images where no evaluation images are given."""
+        return self if self.eval_data else replace(self, eval_data=selection, certifies=False)
 
     def engine_specs(self) -> list[EngineSpec]:
         """The engines asked for; `BackendMissingError` where a builder is not installed."""
@@ -87,6 +107,7 @@ class ExportRequest:
         ]
         for spec in specs:
             backend_version(spec.backend)
+        runtime_version(self.runtime)
         return specs
 
 
@@ -95,6 +116,7 @@ class _Exported:
     """One model of the bundle: the module, its ONNX file, and the names of its stages and rows."""
 
     name: str
+    runtime: str
     role: str
     model: LoadedModel
     path: str
@@ -107,7 +129,7 @@ class _Exported:
 
     @property
     def onnx_name(self) -> str:
-        return f"{self.name}, ONNX Runtime"
+        return f"{self.name}, {runtime_called(self.runtime).label}"
 
 
 def load_exportable(path: Path, ranks: Path | None = None) -> LoadedModel:
@@ -128,6 +150,7 @@ def export_job(
     """Write the bundle `out` of a model folder; nothing is done where it is there by the same settings."""
     assert source.folder is not None
     dense = load_reference(source.config, request.reference)
+    assert request.eval_data is not None
     images = TimmImages(request.eval_data, source.config.preprocessing)
     options = {name: value for name, value in asdict(request).items() if name not in _NO_SETTINGS}
     job = Job(
@@ -175,18 +198,24 @@ def export_bundle(
     if request.reference is not None and not source.config.ranks:
         raise InputError("--reference is what a factorized model is compared with; this model is dense itself.")
     dense = load_reference(source.config, request.reference)
-    images = open_images(request.eval_data, source.config.preprocessing)
-    check_classes(images, getattr(source.module, "num_classes", None))
-    record = certified_record(images, {**source.config.image_sets})
+    images = _images_to_judge_by(request, source)
+    record = certified_record(images, {**source.config.image_sets} if request.certifies else {})
     name = "factorized" if source.config.ranks else "dense"
     module, not_pivoted = _pivoted(source)
-    compact = _Exported(name=name, role="candidate", model=source, path="onnx/model-fp32.onnx", module=module)
+    compact = _Exported(
+        name=name,
+        runtime=request.runtime,
+        role="candidate",
+        model=source,
+        path="onnx/model-fp32.onnx",
+        module=module,
+    )
     exported = [compact]
     if dense is not None:
-        exported.insert(
-            0,
-            _Exported(name="dense", role="yardstick", model=dense, path="onnx/dense-fp32.onnx", module=dense.module),
+        yardstick = replace(
+            compact, name="dense", role="yardstick", model=dense, path="onnx/dense-fp32.onnx", module=dense.module
         )
+        exported.insert(0, replace(yardstick, stages=[]))
     with new_folder(out, marker=MANIFEST) as folder:
         on_step("writing the compact model")
         save_model(folder / MODEL_FOLDER, source.module, source.config)
@@ -203,6 +232,11 @@ def export_bundle(
         entries = [_onnx_entry(one, folder, files, report) for one in exported]
         entries += [_engine_entry(spec, folder, files, entries[-1]) for spec in specs]
         recommended, reason = _recommend(entries, latency, factorized=bool(source.config.ranks))
+        notes = list(notes_on(source.config, dense, report, record, certifies=request.certifies))
+        if not_pivoted:
+            notes.insert(0, note_on_pivots(not_pivoted))
+        if request.asked is not None:
+            notes.insert(0, request.asked.outcome(latency[compact.onnx_name], compact.onnx_name))
         manifest = Manifest(
             model=source.config.model,
             class_names=source.config.class_names and list(source.config.class_names),
@@ -214,15 +248,26 @@ def export_bundle(
             max_drop=request.max_drop,
             verification=report,
             latency=latency,
-            image_sets={"evaluation": record, **source.config.image_sets},
+            image_sets=({"evaluation": record} if request.certifies else {}) | {**source.config.image_sets},
             versions=versions(),
             device=device_facts() | ({"threads": str(request.threads)} if request.threads else {}),
             command=list(request.command),
             created=now(),
-            notes=_notes(source, dense, report, record, not_pivoted),
+            notes=notes,
         )
         manifest.save(folder / MANIFEST)
     return load_bundle(out)
+
+
+def _images_to_judge_by(request: ExportRequest, source: LoadedModel) -> ImageSet:
+    """The evaluation images, which must show the model's classes, or else the selection images."""
+    assert request.eval_data is not None
+    images = open_images(request.eval_data, source.config.preprocessing)
+    classes = getattr(source.module, "num_classes", None)
+    if not request.certifies and not are_of_classes(images, classes):
+        return Unlabelled(images)
+    check_classes(images, classes)
+    return images
 
 
 def _pivoted(source: LoadedModel) -> tuple[nn.Module, list[str]]:
@@ -269,7 +314,7 @@ def _prove(
         for one in exported:
             torch_runner = opened.enter_context(TorchRunner(one.model.module, name=one.torch_name))
             onnx_runner = opened.enter_context(
-                OnnxRunner(folder / one.path, name=one.onnx_name, threads=request.threads)
+                open_runner(request.runtime, folder / one.path, name=one.onnx_name, threads=request.threads)
             )
             first = stages[0].name if stages else None
             chain: list[tuple[str, Runner, int, str, str | None]] = [
@@ -302,6 +347,7 @@ def _onnx_entry(exported: _Exported, folder: Path, files: dict[str, str], report
         name=exported.onnx_name,
         path=exported.path,
         kind="onnx",
+        runtime=exported.runtime,
         precision="fp32",
         role=exported.role,
         status="failed" if failed else "verified",
@@ -316,7 +362,7 @@ def _onnx_entry(exported: _Exported, folder: Path, files: dict[str, str], report
 def _engine_entry(spec: EngineSpec, folder: Path, files: dict[str, str], compact: ArtifactEntry) -> ArtifactEntry:
     path = _engine_path(spec)
     return ArtifactEntry(
-        name=compact.name.replace("ONNX Runtime", spec.backend),
+        name=compact.name.replace(runtime_called(compact.runtime).label, spec.backend),
         path=path,
         kind="engine",
         precision="fp32",
@@ -346,42 +392,3 @@ def _recommend(
     if best.role == "yardstick":
         return best.name, "the factorized model is slower here or failed its gate: ship the dense one"
     return best.name, f"it passed every gate and takes {latency[best.name].ratio:.2f} of the dense model's time"
-
-
-def _notes(
-    source: LoadedModel,
-    dense: LoadedModel | None,
-    report: VerifyReport,
-    evaluation: ImageSetRecord,
-    not_pivoted: list[str],
-) -> list[str]:
-    notes = []
-    if not_pivoted:
-        notes.append(
-            f"Rounding errors would grow too much in the pivoted form of {few(not_pivoted)}: two factors were "
-            "exported, or their product where it is cheaper, so these layers are slower than predicted."
-        )
-    if dense is None and source.config.ranks:
-        notes.append(
-            "The dense reference was not found: what low rank costs in accuracy is not verified. "
-            "Name it with --reference."
-        )
-    if (fitted := source.config.compensation) is not None:
-        verb = "were fitted again" if fitted.helps else "were left as they were, for fitting them again did not help"
-        notes.append(
-            f"The factors {verb} on {fitted.images} calibration images: on the selection images the divergence from "
-            f"the dense model is {fitted.before:.3g} nats before and {fitted.after:.3g} after."
-        )
-    if report.stages[0].top1 is None:
-        notes.append("The images have no labels: agreement with the dense model stands in for accuracy.")
-    unchecked = [
-        f"{role} images ({seen.spec})"
-        for role, seen in source.config.image_sets.items()
-        if seen.image_digests is None or evaluation.image_digests is None
-    ]
-    if unchecked:
-        notes.append(
-            f"Without the digests of all images, streamed or above {MOST_DIGESTS:,} for training, it was not checked "
-            f"whether evaluation images are among the {' and the '.join(unchecked)}."
-        )
-    return notes

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from export.images import ImageSet, LabelledImages
 from flora.errors import InputError, few
@@ -30,12 +32,36 @@ def open_images(text: str, preprocessing: Preprocessing) -> ImageSet:
 
 def check_classes(images: ImageSet, classes: int | None) -> None:
     """Refuse labelled images with another number of classes than the model: their labels would mean something else."""
-    named = len(getattr(images, "class_names", ()))
-    if named and classes is not None and named != classes:
+    if not are_of_classes(images, classes):
+        named = len(getattr(images, "class_names", ()))
         raise InputError(
             f"The images lie in {named} class folders, the model has {classes} classes; "
             "give images of all its classes, as in the data set that it was trained for."
         )
+
+
+def are_of_classes(images: ImageSet, classes: int | None) -> bool:
+    """Whether the images lie in as many class folders as the model has classes, as far as both are known."""
+    named = len(getattr(images, "class_names", ()))
+    return not named or classes is None or named == classes
+
+
+class Unlabelled:
+    """An image set whose labels mean nothing to the model."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Images alone."""
+        return ((images, None) for images, _ in self._images.batches(batch_size))
+
+    def record(self) -> ImageSetRecord:
+        """What an artefact keeps of these images."""
+        return self._images.record()
 
 
 def training_record(text: str, images: ImageSet) -> ImageSetRecord:

@@ -1,6 +1,5 @@
 """Measuring a latency table: every shape of a model's linear layers at several ranks, and a few whole models."""
 
-import importlib.metadata
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,9 +14,10 @@ from onnx import ModelProto
 from export.graphs import graph_at_ranks, linear_sites, site_graph
 from export.latency import settled_ms
 from export.onnx import onnx_from_module
-from export.runners import CPU, OnnxRunner, OpenVinoRunner, Runner
+from export.runners import Runner
+from export.runtimes import ORT_CPU, open_runner, runtime_called, runtime_version
 from flora.artifact import Document
-from flora.errors import BackendMissingError, InputError, near_matches
+from flora.errors import InputError
 from flora.lowrank.checkpoint import LoadedModel
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.job import OnStart
@@ -26,13 +26,6 @@ from flora.ranks.cost import ModelCost, Rank, break_even_rank
 from flora.ranks.latency import LatencyTable, ModelLatency, Site, SiteLatency
 from flora.resume import Job, WorkFolder
 
-# The precisions that each runtime can compute an FP32 graph in, and the packages that it comes from.
-RUNTIMES = {"ort-cpu": ("fp32",), "openvino": ("fp32", "bf16"), "ort-cuda": ("fp32",)}
-PACKAGES = {
-    "ort-cpu": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino",),
-    "ort-cuda": ("onnxruntime-gpu",),
-}
 MEASURED = "measured.json"
 DENSE = "dense.onnx"
 RANDOM_MODELS = 2
@@ -45,7 +38,7 @@ class LatencyRequest:
     """What to measure: `points` ranks of each shape, at each batch size and precision."""
 
     layers: tuple[str, ...]
-    runtime: str = "ort-cpu"
+    runtime: str = ORT_CPU
     batches: tuple[int, ...] = (1, 8)
     precisions: tuple[str, ...] = ("fp32",)
     threads: int = 1
@@ -53,10 +46,7 @@ class LatencyRequest:
     restart: bool = False
 
     def __post_init__(self) -> None:
-        if self.runtime not in RUNTIMES:
-            hint = near_matches(self.runtime, RUNTIMES)
-            raise InputError(f"{self.runtime!r} is no runtime; give one of {', '.join(RUNTIMES)}.{hint}")
-        allowed = RUNTIMES[self.runtime]
+        allowed = runtime_called(self.runtime).precisions
         if not self.precisions or not set(self.precisions) <= set(allowed):
             given = ", ".join(self.precisions) or "none"
             raise InputError(f"{self.runtime} is measured in {' and '.join(allowed)}, given: {given}.")
@@ -72,21 +62,12 @@ class LatencyRequest:
     @property
     def runtime_facts(self) -> dict[str, str]:
         """What a table must have been measured with to be used; `BackendMissingError` without the runtime."""
-        for package in PACKAGES[self.runtime]:
-            try:
-                version = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            return {"runtime": self.runtime, package: version, "threads": str(self.threads)}
-        names = " or ".join(PACKAGES[self.runtime])
-        raise BackendMissingError(f"{self.runtime} needs {names}, which is not installed; see flora doctor.")
+        package, version = runtime_version(self.runtime)
+        return {"runtime": self.runtime, package: version, "threads": str(self.threads)}
 
     def open(self, path: Path, precision: str) -> Runner:
         """A runner of the ONNX file `path`."""
-        if self.runtime == "openvino":
-            return OpenVinoRunner(path, threads=self.threads, precision=precision)
-        provider = CPU if self.runtime == "ort-cpu" else "CUDAExecutionProvider"
-        return OnnxRunner(path, threads=self.threads, providers=(provider,))
+        return open_runner(self.runtime, path, threads=self.threads, precision=precision)
 
 
 class _Measured(Document):

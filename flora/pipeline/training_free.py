@@ -22,13 +22,15 @@ from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.compensate import compensate_job
 from flora.pipeline.drop import ranks_within_drop
 from flora.pipeline.export import ExportRequest, export_job
-from flora.pipeline.images import check_classes, names_by_digest, open_images, refuse_duplicates
+from flora.pipeline.images import certified_record, check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest, measure_latency
+from flora.pipeline.notes import AskedLatency
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
 from flora.provenance import device_facts
 from flora.ranks.budget import Budget, LatencyBudget, check_reachable, drop_parts, latency_parts
+from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
 from flora.ranks.latency import LatencyModel, LatencyTable
 from flora.ranks.space import SearchSpace, space_from_multiples, space_from_text
@@ -43,7 +45,7 @@ CPU = torch.device("cpu")
 class TrainingFreeRequest:
     """`calib_data` needs no labels; without `select_data` every fourth image of it is held out to choose by.
 
-    A budget in milliseconds goes by `latency_table`, or by one that is measured, for ONNX Runtime on this processor.
+    A budget in milliseconds goes by `latency_table`, or by one that is measured here, for the runtime of `export`.
     Without a `space` ranks are multiples of 8, of those for time every second one, which kernels run fastest.
     """
 
@@ -88,21 +90,24 @@ class TrainingFreeRequest:
             _, batch = drop_parts(self.budget)
         else:
             return None
-        return LatencyRequest(layers=self.layers, batches=(batch,), threads=self.export.threads or 1)
+        return LatencyRequest(
+            layers=self.layers, runtime=self.export.runtime, batches=(batch,), threads=self.export.threads or 1
+        )
 
     @property
     def asks_for_drop(self) -> bool:
         """Whether the budget is one of accuracy: then the fastest model within it is looked for."""
         return self.budget.startswith("drop=")
 
-    @property
-    def timed_export(self) -> ExportRequest:
-        """The export, measured as the latency was."""
+    def export_of(self, asked: AskedLatency | None) -> ExportRequest:
+        """The export, measured as the latency was, and on the selection images where no others are given."""
+        export = self.export.judged_by(self.image_sets[1])
         if self.latency is None:
-            return self.export
+            return export
         (batch,) = self.latency.batches
-        smallest, _, largest = self.export.batches
-        return replace(self.export, batches=(smallest, batch, max(largest, batch)), threads=self.latency.threads)
+        smallest, _, largest = export.batches
+        batches = (smallest, batch, max(largest, batch))
+        return replace(export, batches=batches, threads=self.latency.threads, asked=asked)
 
 
 def compress_training_free(
@@ -112,16 +117,18 @@ def compress_training_free(
     *,
     on_start: OnStart = lambda done: None,
     on_step: Callable[[str], None] = lambda step: None,
+    steps: Path | None = None,
 ) -> Bundle:
     """Write the bundle `out`; stopped, the same call goes on with the step that was not finished.
 
-    `on_start` is told whether the bundle is there already, when the steps before it are done.
+    `on_start` is told whether the bundle is there already, when the steps before it are done. These lie in the folder
+    `steps`, by default in `OUT.work`.
     """
     check_replaceable(out, marker=MANIFEST)
     calibration, selection = request.image_sets
     processes(request.device)
-    steps = folder_of_steps(out)
-    cost = _refuse_early(model, request)
+    steps = steps or folder_of_steps(out)
+    cost = refuse_early(model, request)
     supernet, probed = steps / "supernet", steps / "sensitivity"
     compact, compensated = (steps / f"{name}-{budget_slug(request.budget)}" for name in ("compact", "compensated"))
     if request.restart:
@@ -180,7 +187,8 @@ def compress_training_free(
             on_layer=lambda done, layers: on_step(f"compensating: {done} of {layers} layers"),
         )
     if is_main():
-        export_job(with_reference_of(compact, shipped), request.timed_export, out, on_start=on_start, on_step=on_step)
+        export = request.export_of(_asked(request, ranks, table))
+        export_job(with_reference_of(compact, shipped), export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
 
@@ -205,7 +213,7 @@ def _latency_table(
         )
     else:
         (batch,) = request.latency.batches
-        file = steps / f"latency-b{batch}.json"
+        file = steps / f"latency-{request.latency.runtime}-b{batch}.json"
         if is_main():
             measure_latency(
                 model,
@@ -222,7 +230,15 @@ def _latency_table(
     return table
 
 
-def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
+def _asked(request: TrainingFreeRequest, ranks: RankConfig, table: LatencyTable | None) -> AskedLatency | None:
+    """What the bundle's measurement is held against."""
+    if request.latency is None or table is None or ranks.latency_ms is None:
+        return None
+    dense_ms = LatencyModel(table, batch=request.latency.batches[0]).dense_ms
+    return AskedLatency(budget=request.budget, predicted_ms=ranks.latency_ms, dense_ms=dense_ms)
+
+
+def refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
     """The model's cost; `InputError` for what a later step would refuse after minutes: budget, engines, images."""
     if model.config.ranks:
         raise InputError(f"{model.folder} is factorized already; compress the dense model.")
@@ -237,9 +253,6 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost
             f"{request.budget} is none."
         )
     request.export.engine_specs()
-    images = open_images(request.export.eval_data, preprocessing)
-    check_classes(images, cast(int, model.module.num_classes))
-    evaluation = images.record()
     parts = [TimmImages(text, preprocessing) for text in request.image_sets]
     calibration, selection = (part.record() for part in parts)
     if request.select_data is None:
@@ -247,6 +260,8 @@ def _refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost
             request.calib_data, names_by_digest(parts[1], selection), names_by_digest(parts[0], calibration)
         )
     selection.refuse_overlap(calibration, own_role="selection", other_role="calibration")
-    for role, seen in (("calibration", calibration), ("selection", selection)):
-        evaluation.refuse_overlap(seen, own_role="evaluation", other_role=role)
+    if request.export.eval_data is not None:
+        images = open_images(request.export.eval_data, preprocessing)
+        check_classes(images, cast(int, model.module.num_classes))
+        certified_record(images, {"calibration": calibration, "selection": selection})
     return cost

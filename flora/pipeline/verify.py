@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.bundle import ArtifactEntry, Bundle, check_golden, check_hashes, load_bundle
-from export.runners import OnnxRunner
+from export.runners import Runner
+from export.runtimes import open_runner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.errors import GateFailedError
 from flora.pipeline.images import certified_record, check_classes, open_images
@@ -47,7 +48,9 @@ def verify_bundle(
     runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx"]
     with ExitStack() as opened:
         runners = {
-            entry.name: opened.enter_context(OnnxRunner(bundle.path_of(entry), threads=threads, name=entry.name))
+            entry.name: opened.enter_context(
+                open_runner(entry.runtime, bundle.path_of(entry), threads=threads, name=entry.name)
+            )
             for entry in runnable
         }
         problems = [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]
@@ -62,7 +65,7 @@ def verify_bundle(
     return BundleCheck(bundle=bundle, problems=problems, not_run=not_run, report=report)
 
 
-def _stages(entries: list[ArtifactEntry], runners: dict[str, OnnxRunner]) -> list[Stage]:
+def _stages(entries: list[ArtifactEntry], runners: dict[str, Runner]) -> list[Stage]:
     """The yardstick first; every candidate against it at one batch, and against itself at another."""
     stages: list[Stage] = []
     for entry in sorted(entries, key=lambda entry: entry.role != "yardstick"):

@@ -1,7 +1,10 @@
 """A latency table of a real model on a real runtime, on a clock on which products take time by their size."""
 
+from dataclasses import replace
+
 import pytest
 
+from export.runtimes import RUNTIMES
 from flora.errors import BackendMissingError, InputError
 from flora.lowrank.checkpoint import LoadedModel, ModelConfig
 from flora.lowrank.targets import find_targets, trace_cost
@@ -119,7 +122,8 @@ def test_a_factorized_model_is_refused(model, tmp_path):
 
 
 def test_a_runtime_that_is_not_installed_is_said(monkeypatch):
-    monkeypatch.setitem(latency.PACKAGES, "openvino", ("openvino-of-tomorrow",))
+    of_tomorrow = replace(RUNTIMES["openvino"], packages=("openvino-of-tomorrow",))
+    monkeypatch.setitem(RUNTIMES, "openvino", of_tomorrow)
     with pytest.raises(BackendMissingError, match="openvino needs openvino-of-tomorrow"):
         _ = LatencyRequest(layers=LAYERS, runtime="openvino").runtime_facts
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from export.benchmark import LatencyStats
 from export.bundle import MANIFEST, load_bundle
 from flora.artifact import sha256_of_file
 from flora.errors import InputError
@@ -30,6 +31,7 @@ from flora.pipeline.sensitivity import (
     measure_sensitivity,
 )
 from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
+from flora.pipeline.verify import verify_bundle
 from flora.provenance import device_facts
 from flora.ranks.budget import LatencyBudget
 from flora.ranks.config import RankConfig
@@ -431,6 +433,80 @@ def test_a_budget_that_the_table_does_not_serve_is_refused_before_anything_is_ma
     with pytest.raises(InputError, match=message):
         run(worked, tmp_path / "bundle", request(worked, latency_table=tmp_path / "latency.json", **changes))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latency.json"]
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_the_bundle_says_whether_the_latency_that_was_asked_for_was_measured(worked, tmp_path, monkeypatch, share):
+    latency_table(worked, tmp_path / "latency.json")
+
+    def timed(runners, images, *, repeats):
+        ratios = {name: 0.8 * share if name == "factorized, ONNX Runtime" else 1.0 for name in runners}
+        return {
+            name: LatencyStats(
+                median_ms=10 * ratio, p10_ms=1, p90_ms=20, repeats=repeats, batch_size=len(images), ratio=ratio
+            )
+            for name, ratio in ratios.items()
+        }
+
+    monkeypatch.setattr("flora.pipeline.export.paired_latency", timed)
+    asked = request(worked, budget="latency=0.8x", latency_table=tmp_path / "latency.json")
+    run(worked, tmp_path / "bundle", asked)
+    note, *_ = load_bundle(tmp_path / "bundle").manifest.notes
+    assert note.startswith("Asked was latency=0.8x. Predicted were 0.")
+    assert f"measured {0.8 * share:.3f} ({8 * share:.3g} ms) at batch 8 for factorized, ONNX Runtime" in note
+    assert note.endswith("the budget is met." if share < 1 else "ask for less.")
+    assert share < 1 or "missed by 10%" in note
+
+
+def test_without_evaluation_images_the_selection_images_serve_and_the_bundle_says_so(worked, whole, tmp_path):
+    shutil.copytree(whole.work, tmp_path / "bundle.work")
+    asked = request(worked, export=exported(worked, eval_data=None))
+    run(worked, tmp_path / "bundle", asked)
+    manifest = load_bundle(tmp_path / "bundle").manifest
+    assert set(manifest.image_sets) == {"calibration", "selection"}
+    assert {stage.images for stage in manifest.verification.stages} == {40}
+    assert manifest.verification.stages[0].top1 is not None
+    assert any("No evaluation images were given" in note and "flora verify" in note for note in manifest.notes)
+    assert run(worked, tmp_path / "bundle", asked) == []
+    assert not any("No evaluation images" in note for note in load_bundle(whole.out).manifest.notes)
+
+
+def test_selection_images_that_show_no_classes_of_the_model_are_judged_by_agreement(worked, whole, tmp_path):
+    shutil.copytree(whole.work, tmp_path / "bundle.work")
+    images = unlabelled(tmp_path / "images")
+    run(worked, tmp_path / "bundle", request(worked, select_data=str(images), export=exported(worked, eval_data=None)))
+    manifest = load_bundle(tmp_path / "bundle").manifest
+    assert {stage.top1 for stage in manifest.verification.stages} == {None}
+    assert any("agreement with the dense model stands in" in note for note in manifest.notes)
+
+
+def test_too_few_calibration_images_are_said(worked, tmp_path):
+    asked = request(worked, calib_data=f"{worked.calibration.partition(',')[0]},limit=1")
+    run(worked, tmp_path / "bundle", asked)
+    cost = load_supernet(tmp_path / "bundle.work" / "supernet").config.cost
+    lacking = [layer.name for layer in cost.layers if layer.tokens < layer.in_features]
+    assert lacking
+    (note,) = (one for one in load_bundle(tmp_path / "bundle").manifest.notes if "fewer tokens than inputs" in one)
+    assert lacking[0] in note
+
+
+def test_a_bundle_for_openvino_was_chosen_verified_and_measured_there(worked, tmp_path):
+    export = exported(worked, runtime="openvino")
+    run(worked, tmp_path / "bundle", request(worked, export=export))
+    manifest = load_bundle(tmp_path / "bundle").manifest
+    assert {entry.runtime for entry in manifest.artifacts} == {"openvino"}
+    stages = {stage.name: stage for stage in manifest.verification.stages}
+    assert stages["factorized, OpenVINO, batch 8"].provider == "OpenVINO CPU, f32"
+    assert stages["factorized, OpenVINO, batch 8"].passed
+    assert {"dense, OpenVINO", "factorized, OpenVINO"} < set(manifest.latency)
+    check = verify_bundle(tmp_path / "bundle", data=f"{worked.images},limit=20", threads=1)
+    assert check.passed
+    assert {stage.provider for stage in check.report.stages} == {"OpenVINO CPU, f32"}
+    table = tmp_path / "latency.json"
+    latency_table(worked, table)
+    asked = request(worked, budget="latency=0.8x", latency_table=table, export=export)
+    with pytest.raises(InputError, match="runtime: ort-cpu, here openvino"):
+        run(worked, tmp_path / "other", asked)
 
 
 def test_a_table_of_other_threads_is_refused(worked, tmp_path):

@@ -1,0 +1,55 @@
+"""The runtimes that an ONNX file can be run and measured on: what each computes in, and the packages it comes from."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.runners import CPU, OnnxRunner, OpenVinoRunner, Runner
+from flora.errors import BackendMissingError, InputError, near_matches
+
+CUDA = "CUDAExecutionProvider"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """`label` is for tables; `precisions` are those that it can compute an FP32 graph in."""
+
+    label: str
+    packages: tuple[str, ...]
+    precisions: tuple[str, ...] = ("fp32",)
+
+
+ORT_CPU = "ort-cpu"
+RUNTIMES = {
+    ORT_CPU: Runtime(label="ONNX Runtime", packages=("onnxruntime", "onnxruntime-gpu")),
+    "openvino": Runtime(label="OpenVINO", packages=("openvino",), precisions=("fp32", "bf16")),
+    "ort-cuda": Runtime(label="ONNX Runtime on CUDA", packages=("onnxruntime-gpu",)),
+}
+
+
+def runtime_called(name: str) -> Runtime:
+    """The runtime of that name; `InputError` where there is none."""
+    if name not in RUNTIMES:
+        raise InputError(f"{name!r} is no runtime; give one of {', '.join(RUNTIMES)}.{near_matches(name, RUNTIMES)}")
+    return RUNTIMES[name]
+
+
+def runtime_version(name: str) -> tuple[str, str]:
+    """The package that the runtime comes from here, and its version; `BackendMissingError` where none is installed."""
+    packages = runtime_called(name).packages
+    for package in packages:
+        try:
+            return package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise BackendMissingError(f"{name} needs {' or '.join(packages)}, which is not installed; see flora doctor.")
+
+
+def open_runner(
+    runtime: str, path: Path, *, threads: int | None = None, precision: str = "fp32", name: str | None = None
+) -> Runner:
+    """A runner of the ONNX file `path`."""
+    if runtime == "openvino":
+        return OpenVinoRunner(path, threads=threads, precision=precision, name=name)
+    provider = CPU if runtime == ORT_CPU else CUDA
+    return OnnxRunner(path, threads=threads, providers=(provider,), name=name)

@@ -1,0 +1,113 @@
+"""A family: one model at several budgets, from one supernet, and which of them are worth their time.
+
+Its folder holds a bundle for each budget and `family.json`, which is written anew when a bundle is finished.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from export.bundle import Bundle
+from flora.artifact import Document, check_replaceable
+from flora.errors import InputError
+from flora.pipeline.search import budget_slug
+from flora.training.processes import is_main, wait
+
+FAMILY = "family.json"
+
+
+class FamilyMember(BaseModel):
+    """One budget's factorized model as its bundle measured it: `top1` and `agreement` in percent, `latency_ratio` over
+    the dense model on the same runtime. `bundle` is relative to the family's folder.
+
+    `is_pareto`: no other member that passed its gate is both more accurate and faster.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: str
+    bundle: str
+    macs: int
+    params: int
+    size_bytes: int
+    top1: float | None
+    agreement: float | None
+    latency_ratio: float
+    passed: bool
+    is_pareto: bool = False
+
+
+class Family(Document):
+    """`family.json`: the members that are finished, in the order of the budgets."""
+
+    kind: Literal["flora family"] = "flora family"
+    model: str
+    budgets: tuple[str, ...]
+    members: tuple[FamilyMember, ...] = ()
+
+
+def budgets_of_family(text: str) -> tuple[str, ...]:
+    """The budgets meant by `70%,50%,35%` (of the MACs) or `latency=0.8x,latency=0.6x`."""
+    budgets = tuple(part if "=" in part else f"macs={part}" for part in text.split(","))
+    if len(set(budgets)) < max(2, len(budgets)):
+        raise InputError(f"{text!r} is no family; give two or more different budgets, such as 70%,50%,35%.")
+    return budgets
+
+
+def compress_family(
+    model: str, budgets: Sequence[str], out: Path, compress: Callable[[str, Path], Bundle]
+) -> tuple[Family, list[Bundle]]:
+    """Write the bundle of each budget into the folder `out`, by `compress(budget, bundle folder)`.
+
+    What `family.json` says of `model` grows with each bundle; stopped, the same call goes on.
+    """
+    check_replaceable(out, marker=FAMILY)
+    family = Family(model=model, budgets=tuple(budgets))
+    bundles: list[Bundle] = []
+    for budget in (None, *budgets):
+        if budget is not None:
+            bundles.append(compress(budget, out / budget_slug(budget)))
+            members = [_member(*pair) for pair in zip(budgets, bundles, strict=False)]
+            family = family.model_copy(update={"members": tuple(_with_pareto(members))})
+        if is_main():
+            family.save(out / FAMILY)
+        wait()
+    return family, bundles
+
+
+def _member(budget: str, bundle: Bundle) -> FamilyMember:
+    manifest = bundle.manifest
+    (entry,) = (entry for entry in manifest.artifacts if entry.kind == "onnx" and entry.role == "candidate")
+    assert manifest.verification is not None
+    stage = next(stage for stage in manifest.verification.stages if stage.name.startswith(f"{entry.name},"))
+    lowrank = next(stage for stage in manifest.verification.stages if stage.kind == "lowrank" and stage.compared_with)
+    return FamilyMember(
+        budget=budget,
+        bundle=bundle.folder.name,
+        macs=entry.macs or 0,
+        params=entry.params or 0,
+        size_bytes=entry.size_bytes,
+        top1=stage.top1,
+        agreement=None if lowrank.agreement is None else 100 * lowrank.agreement,
+        latency_ratio=manifest.latency[entry.name].ratio,
+        passed=entry.status == "verified",
+    )
+
+
+def _with_pareto(members: Sequence[FamilyMember]) -> list[FamilyMember]:
+    """The members, each told whether another one that passed is at least as accurate and fast, and better in one."""
+
+    def worth(member: FamilyMember) -> tuple[float, float]:
+        accuracy = member.agreement if member.top1 is None else member.top1
+        return (accuracy or 0.0, -member.latency_ratio)
+
+    def beats(one: FamilyMember, other: FamilyMember) -> bool:
+        return worth(one) != worth(other) and all(a >= b for a, b in zip(worth(one), worth(other), strict=True))
+
+    passed = [member for member in members if member.passed]
+    return [
+        member.model_copy(update={"is_pareto": member.passed and not any(beats(one, member) for one in passed)})
+        for member in members
+    ]
