@@ -48,6 +48,9 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--layers", callback=split_names, default="qkv,proj,fc1,fc2", show_default=True, help="Linear layers to measure."
 )
 @click.option("--points", type=int, default=8, show_default=True, help="Ranks at which each shape is measured.")
+@click.option(
+    "--minutes", type=float, help="Begin no group of measurements after so many minutes; the same command goes on."
+)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="JSON file to write the table to.")
 @restart_option
@@ -60,6 +63,7 @@ def command(
     precisions: tuple[str, ...],
     layers: tuple[str, ...],
     points: int,
+    minutes: float | None,
     threads: int,
     out: Path,
     restart: bool,
@@ -87,6 +91,7 @@ def command(
         precisions=precisions,
         threads=threads,
         points=points,
+        minutes=minutes,
         restart=restart,
     )
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), untrained=True)

@@ -1,6 +1,7 @@
 """Measuring a latency table: every shape of a model's linear layers at several ranks, and a few whole models."""
 
 import random
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from export.onnx import onnx_from_module
 from export.runners import Runner
 from export.runtimes import ORT_CPU, open_runner, runtime_called, runtime_version
 from flora.artifact import Document
-from flora.errors import InputError
+from flora.errors import FloraError, InputError
 from flora.lowrank.checkpoint import LoadedModel
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.job import OnStart
@@ -35,7 +36,7 @@ RANK_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyRequest:
-    """What to measure: `points` ranks of each shape, at each batch size and precision."""
+    """What to measure: `points` ranks of each shape, at each batch size and precision; at most for `minutes`."""
 
     layers: tuple[str, ...]
     runtime: str = ORT_CPU
@@ -43,6 +44,7 @@ class LatencyRequest:
     precisions: tuple[str, ...] = ("fp32",)
     threads: int = 1
     points: int = 8
+    minutes: float | None = None
     restart: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +56,8 @@ class LatencyRequest:
             raise InputError(f"Batch sizes are at least 1, given: {', '.join(map(str, self.batches)) or 'none'}.")
         if self.points < 2 or self.threads < 1:
             raise InputError(f"At least 2 points and 1 thread are needed, got {self.points} and {self.threads}.")
+        if self.minutes is not None and self.minutes <= 0:
+            raise InputError(f"Minutes to measure for must be more than 0, got {self.minutes:g}.")
 
     @property
     def conditions(self) -> list[tuple[int, str]]:
@@ -87,12 +91,14 @@ def measure_latency(
 ) -> LatencyTable:
     """Measure and write the file `out`; stopped, the same call goes on. `on_group` gets what is done, of how many.
 
-    Beside each group of graphs one and the same reference is timed: by it all are brought to one speed of the device.
+    No group is begun after the minutes of the request: `FloraError`. Beside each group of graphs one and the same
+    reference is timed: by it all are brought to one speed of the device.
     """
     if model.config.ranks:
         raise InputError(f"{model.folder} is factorized already; measure the dense model.")
     settings = model.config.preprocessing
     cost = trace_cost(model.module, find_targets(model.module, request.layers), settings.input_size)
+    started = time.monotonic()
     device, runtime = device_facts(), request.runtime_facts
     known = _existing(out, request, model.config.model, cost, device, runtime)
     on_start(known is not None)
@@ -124,13 +130,23 @@ def measure_latency(
     groups = [(condition, site) for condition in request.conditions for site in by_site]
     total = len(groups) + len(request.conditions)
     timing = _Timing(request, graph, cost, next(iter(by_site)), work)
+
+    def begin_group(what: object, condition: tuple[int, str]) -> None:
+        done = len(measured.sites) + len(measured.models)
+        if request.minutes is not None and time.monotonic() - started > 60 * request.minutes:
+            raise FloraError(
+                f"After {request.minutes:g} minutes {done} of {total} groups are measured. The same command goes on "
+                "with the others."
+            )
+        on_group(done, total, f"{what}, batch {condition[0]}, {condition[1]}")
+
     for condition, site in groups[len(measured.sites) :]:
-        on_group(len(measured.sites), total, f"{site}, batch {condition[0]}, {condition[1]}")
+        begin_group(site, condition)
         found = timing.site(site, tuple(by_site[site]), *condition)
         measured = measured.model_copy(update={"sites": (*measured.sites, found)})
         measured.save(progress)
     for condition in request.conditions[len(measured.models) :]:
-        on_group(len(groups) + len(measured.models), total, f"whole models, batch {condition[0]}, {condition[1]}")
+        begin_group("whole models", condition)
         whole = timing.models(settings.input_size, *condition)
         measured = measured.model_copy(update={"models": (*measured.models, whole)})
         measured.save(progress)

@@ -163,10 +163,8 @@ USAGE = {
         "--data",
     ),
     "unknown method of compressing": (["compress", "m", "--method", "svd", "-o", "out"], "'supernet'"),
-    "nothing to prove it on": (
-        ["compress", "m", "--method", "supernet", "--budget", "macs=50%", "-o", "out"],
-        "Missing",
-    ),
+    "neither a budget nor a family": (["compress", "m", "--calib-data", "x", "-o", "out"], "either --budget"),
+    "a budget and a family": ([*TRAINING_FREE, "--family", "60%,50%"], "either --budget"),
     "epochs that are none": (["compress", "m", "--finetune-epochs", "-1", "-o", "out"], "--finetune-epochs"),
     "half an argument": (["eval", "vit", "--data", "x", "-K", "depth"], "KEY=VALUE"),
 }

@@ -1,11 +1,12 @@
 """A latency table of a real model on a real runtime, on a clock on which products take time by their size."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
 from export.runtimes import RUNTIMES
-from flora.errors import BackendMissingError, InputError
+from flora.errors import BackendMissingError, FloraError, InputError
 from flora.lowrank.checkpoint import LoadedModel, ModelConfig
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline import latency
@@ -107,12 +108,32 @@ def test_what_is_no_table_is_not_replaced(device, model, tmp_path):
         ({"runtime": "ort"}, "no runtime; give one of .* Did you mean"),
         ({"precisions": ("int8",)}, "ort-cpu is measured in fp32, given: int8"),
         ({"batches": (0,)}, "at least 1, given: 0"),
+        ({"minutes": 0}, "Minutes to measure for must be more than 0"),
         ({"points": 1}, "At least 2 points"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         LatencyRequest(**{"layers": LAYERS, **changes})
+
+
+def test_a_measurement_that_is_out_of_time_goes_on_with_the_same_call(device, model, tmp_path, monkeypatch):
+    out, groups = tmp_path / "latency.json", []
+    monkeypatch.setattr("flora.pipeline.latency.time.monotonic", lambda: 60.0 * len(groups))
+    short = replace(REQUEST, minutes=2.5)
+
+    def measure() -> LatencyTable:
+        return measure_latency(model, out, short, on_group=lambda done, of, what: groups.append((done, of)))
+
+    with pytest.raises(FloraError, match=r"After 2\.5 minutes 3 of (\d+) groups are measured\. The same command"):
+        measure()
+    assert [done for done, _ in groups] == [0, 1, 2]
+    total = groups[0][1]
+    while not out.is_file():
+        with suppress(FloraError):
+            measure()
+    assert [done for done, _ in groups] == list(range(total))
+    assert len(LatencyTable.load(out).sites) + len(REQUEST.conditions) == total
 
 
 def test_a_factorized_model_is_refused(model, tmp_path):
