@@ -25,6 +25,7 @@ from export.benchmark import paired_latency
 from export.graphs import graph_at_ranks
 from export.onnx import onnx_from_module
 from export.runners import Runner
+from export.runtimes import open_runner
 from flora.lowrank.checkpoint import LoadedModel, load_model, load_supernet, save_model
 from flora.lowrank.materialize import materialize
 from flora.lowrank.pivot import pivot_layers
@@ -91,7 +92,7 @@ def measured_ratios(
         runners: dict[str, Runner] = {}
         for key, (ranks, pivoted) in {"dense": (cost.dense_ranks, ()), **configs}.items():
             graph_at_ranks(graph, cost.shapes, ranks, path, pivoted)
-            runners[key] = opened.enter_context(request.open(path, "fp32"))
+            runners[key] = opened.enter_context(open_runner(request.runtime, path, threads=1))
         stats = paired_latency(runners, _images(batch, model.config.preprocessing.input_size), repeats=REPEATS[batch])
     return {key: one.ratio for key, one in stats.items() if key != "dense"}
 
@@ -222,9 +223,8 @@ def measure_pivoted(name: str) -> dict[str, Any]:
         onnx_from_module(model, file, preprocessing=preprocessing, max_batch=64)
     ratios = {}
     for runtime in RUNTIMES:
-        request = LatencyRequest(layers=PAPER_LAYERS, runtime=runtime, batches=(8,))
         with ExitStack() as opened:
-            runners = {key: opened.enter_context(request.open(file, "fp32")) for key, file in files.items()}
+            runners = {key: opened.enter_context(open_runner(runtime, file, threads=1)) for key, file in files.items()}
             stats = paired_latency(runners, _images(8, size), repeats=REPEATS[8])
         ratios[runtime] = {key: one.ratio for key, one in stats.items() if key != "dense"}
     for file in files.values():

@@ -62,16 +62,16 @@ class EngineSpec:
 
 def backend_version(backend: str) -> str:
     """The installed version of an engine backend; `BackendMissingError` where there is none."""
-    return _import(backend).__version__
+    return backend_module(backend).__version__
 
 
 def engine_from_onnx(onnx_path: Path, path: Path, spec: EngineSpec) -> None:
     """Build the engine of `spec` from an ONNX file with one image input whose first dimension is the batch."""
-    trt = _import(spec.backend)
+    trt = backend_module(spec.backend)
     onnx_path = Path(onnx_path)
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path} does not exist; give an ONNX file.")
-    logger = _collecting_logger(trt)
+    logger = collecting_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     _parse(trt, network, logger, onnx_path)
@@ -87,7 +87,8 @@ def engine_from_onnx(onnx_path: Path, path: Path, spec: EngineSpec) -> None:
         partial.write_bytes(plan)
 
 
-def _import(backend: str) -> ModuleType:
+def backend_module(backend: str) -> ModuleType:
+    """The Python module of an engine backend; `BackendMissingError` where there is none."""
     try:
         return importlib.import_module(MODULES[backend])
     except ImportError as error:
@@ -102,7 +103,7 @@ def _network_flags(trt: ModuleType) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _collecting_logger(trt: ModuleType) -> Any:
+def collecting_logger(trt: ModuleType) -> Any:
     """A logger that keeps error messages and prints nothing; its base class exists only once a backend is there."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]

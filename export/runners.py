@@ -4,7 +4,8 @@ A runner owns a session and gives it back when its block ends. Its `provider` is
 lists providers that it cannot load, and falls back to the CPU with no more than a line in its log.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -31,6 +32,10 @@ class Runner(Protocol):
     ) -> None: ...
 
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
+
+    def bind(self, images: np.ndarray) -> Callable[[], object]:
+        """A call that runs `images` and waits; on a GPU they lie there already, and what comes out stays."""
+        ...
 
 
 class OnnxRunner:
@@ -68,6 +73,21 @@ class OnnxRunner:
             raise InputError(f"The runner of {self.path} is closed; open a new one.")
         _check_images(images, self._input, self.path)
         return self._session.run(None, {self._input.name: images})[0]
+
+    def bind(self, images: np.ndarray) -> Callable[[], object]:
+        """A call that runs `images` and waits; on a GPU they lie there already, and what comes out stays."""
+        if self.provider == CPU:
+            return partial(self, images)
+        _check_images(images, self._input, self.path)
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input(self._input.name, _onnxruntime().OrtValue.ortvalue_from_numpy(images, "cuda", 0))
+        binding.bind_output(self._session.get_outputs()[0].name, "cuda")
+
+        def run() -> None:
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run
 
 
 def _session(path: Path, threads: int | None, providers: list[str]):
@@ -161,6 +181,10 @@ class OpenVinoRunner:
         if self._request is None:
             raise InputError(f"The runner of {self.path} is closed; open a new one.")
         return self._request.infer([images], share_inputs=True)[0]
+
+    def bind(self, images: np.ndarray) -> Callable[[], object]:
+        """A call that runs `images`."""
+        return partial(self, images)
 
 
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}

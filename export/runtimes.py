@@ -12,18 +12,28 @@ CUDA = "CUDAExecutionProvider"
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """`label` is for tables; `precisions` are those that it can compute an FP32 graph in."""
+    """`label` is for tables; `precisions` are those that it can compute an FP32 graph in.
+
+    What `loads_onnx` can verify and measure the ONNX files of a bundle.
+    """
 
     label: str
     packages: tuple[str, ...]
     precisions: tuple[str, ...] = ("fp32",)
+    loads_onnx: bool = True
+    on_gpu: bool = False
 
 
-ORT_CPU = "ort-cpu"
+ORT_CPU, TENSORRT, TORCH, TORCH_CUDA = "ort-cpu", "tensorrt", "torch", "torch-cuda"
 RUNTIMES = {
     ORT_CPU: Runtime(label="ONNX Runtime", packages=("onnxruntime", "onnxruntime-gpu")),
     "openvino": Runtime(label="OpenVINO", packages=("openvino",), precisions=("fp32", "bf16")),
-    "ort-cuda": Runtime(label="ONNX Runtime on CUDA", packages=("onnxruntime-gpu",)),
+    "ort-cuda": Runtime(label="ONNX Runtime on CUDA", packages=("onnxruntime-gpu",), on_gpu=True),
+    TENSORRT: Runtime(label="TensorRT", packages=("tensorrt",), loads_onnx=False, on_gpu=True),
+    TORCH: Runtime(label="torch", packages=("torch",), precisions=("fp32", "bf16"), loads_onnx=False),
+    TORCH_CUDA: Runtime(
+        label="torch on CUDA", packages=("torch",), precisions=("fp32", "fp16", "bf16"), loads_onnx=False, on_gpu=True
+    ),
 }
 
 
@@ -45,10 +55,18 @@ def runtime_version(name: str) -> tuple[str, str]:
     raise BackendMissingError(f"{name} needs {' or '.join(packages)}, which is not installed; see flora doctor.")
 
 
+def check_loads_onnx(name: str) -> None:
+    """Raise `InputError` for a runtime that runs no ONNX files."""
+    if not runtime_called(name).loads_onnx:
+        allowed = ", ".join(key for key, one in RUNTIMES.items() if one.loads_onnx)
+        raise InputError(f"{name} runs no ONNX files; give one of {allowed}.")
+
+
 def open_runner(
     runtime: str, path: Path, *, threads: int | None = None, precision: str = "fp32", name: str | None = None
 ) -> Runner:
-    """A runner of the ONNX file `path`."""
+    """A runner of the ONNX file `path`; `InputError` where the runtime runs none."""
+    check_loads_onnx(runtime)
     if runtime == "openvino":
         return OpenVinoRunner(path, threads=threads, precision=precision, name=name)
     provider = CPU if runtime == ORT_CPU else CUDA

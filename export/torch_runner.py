@@ -1,5 +1,6 @@
 """A torch module behind the runner protocol: what exports are compared with."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -40,6 +41,18 @@ class TorchRunner:
         """Logits [B, classes], float32, of images [B, C, H, W]."""
         tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self._device, self._dtype)
         return self._module(tensor).float().cpu().numpy()
+
+    def bind(self, images: np.ndarray) -> Callable[[], object]:
+        """A call that runs `images` and waits; they lie on the device already, and what comes out stays there."""
+        tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self._device, self._dtype)
+
+        @torch.inference_mode()
+        def run() -> None:
+            self._module(tensor)
+            if tensor.is_cuda:
+                torch.cuda.synchronize(tensor.device)
+
+        return run
 
     @property
     def _dtype(self) -> torch.dtype:

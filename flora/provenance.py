@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
@@ -50,10 +52,27 @@ def device_facts() -> dict[str, str]:
     }
 
 
+def gpu_facts() -> dict[str, str]:
+    """The first NVIDIA GPU and its driver, as its tool names them; nothing where there is none."""
+    return dict(zip(("gpu", "driver"), _asked_of_gpu("name,driver_version"), strict=False))
+
+
 def clocks() -> dict[str, str]:
-    """The processor's clock now, where the system says so."""
+    """The processor's clock now, and those of the GPU, where the system says so."""
     mhz = _cpu_facts().get("cpu MHz")
-    return {"cpu MHz": mhz} if mhz else {}
+    gpu = zip(("gpu MHz", "gpu memory MHz"), _asked_of_gpu("clocks.sm,clocks.mem"), strict=False)
+    return ({"cpu MHz": mhz} if mhz else {}) | dict(gpu)
+
+
+def _asked_of_gpu(fields: str) -> list[str]:
+    """What nvidia-smi says of the first GPU, in the order of `fields`."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    first = answer.stdout.partition("\n")[0] if answer.returncode == 0 else ""
+    return [part.strip() for part in first.split(",") if part.strip()]
 
 
 def _cpu_facts() -> dict[str, str]:

@@ -10,11 +10,15 @@ import torch
 from export.engines import EngineSpec, engine_from_onnx
 from export.onnx import onnx_from_module
 from export.runners import CPU, OnnxRunner
+from export.tensorrt_runner import TensorRtRunner
+from flora.lowrank.checkpoint import load_model
 from flora.lowrank.compensate import compensate
 from flora.lowrank.materialize import materialize
 from flora.lowrank.replay import Replay
 from flora.lowrank.supernet import active_ranks, build_supernet
 from flora.lowrank.targets import find_targets, trace_cost
+from flora.pipeline.latency import LatencyRequest, measure_latency
+from flora.ranks.latency import LatencyModel
 from flora.ranks.space import block_name, space_from_ratios
 from flora.ranks.uniform import uniform_ranks
 from flora.training.data import TimmImages
@@ -99,7 +103,22 @@ def test_onnx_runtime_on_the_gpu_equals_the_cpu(onnx_file: Path):
         np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
 
 
-def test_tensorrt_builds_an_engine_for_this_gpu(onnx_file: Path, tmp_path: Path):
+def test_tensorrt_builds_an_engine_for_this_gpu_that_computes_what_the_file_says(onnx_file: Path, tmp_path: Path):
     engine = tmp_path / "model.engine"
     engine_from_onnx(onnx_file, engine, EngineSpec(backend="tensorrt", min_batch=1, opt_batch=2, max_batch=4))
-    assert engine.stat().st_size > 0
+    with TensorRtRunner(engine) as on_gpu, OnnxRunner(onnx_file) as on_cpu:
+        for batch in (2, 4, 1):
+            images = random_images(batch).numpy()
+            np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
+        on_gpu.bind(images)()
+
+
+@pytest.mark.parametrize("runtime", ["ort-cuda", "tensorrt", "torch-cuda"])
+def test_a_latency_table_of_this_gpu_predicts_its_own_models(tmp_path: Path, runtime: str):
+    model = load_model("vit_tiny_patch16_224", untrained=True)
+    torch.set_num_threads(1)
+    request = LatencyRequest(layers=("qkv", "proj", "fc1", "fc2"), runtime=runtime, batches=(8,), points=4)
+    table = measure_latency(model, tmp_path / "latency.json", request)
+    assert table.device["gpu"]
+    assert table.device["driver"]
+    assert max(map(abs, LatencyModel(table, batch=8).errors().values())) < 0.3

@@ -35,7 +35,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--eval-data", metavar="IMAGES", required=True, help=f"Images that every step is verified on: {IMAGES_HELP}."
 )
-@runtime_option
+@runtime_option("What runs the ONNX files: ort-cpu or ort-cuda (ONNX Runtime), or openvino.")
 @out_option("bundle")
 @click.option(
     "--reference",

@@ -25,7 +25,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.command("latency-table")
 @model_kwargs_option
 @click.argument("model")
-@runtime_option
+@runtime_option("ort-cpu or ort-cuda (ONNX Runtime), openvino, tensorrt, torch or torch-cuda.")
 @click.option(
     "--batch",
     "batches",
@@ -42,7 +42,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     callback=split_names,
     default="fp32",
     show_default=True,
-    help="What the runtime computes in: fp32, and on openvino bf16.",
+    help="What the runtime computes in: fp32; openvino and torch also bf16, torch-cuda also fp16.",
 )
 @click.option(
     "--layers", callback=split_names, default="qkv,proj,fc1,fc2", show_default=True, help="Linear layers to measure."

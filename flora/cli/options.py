@@ -247,13 +247,8 @@ targets_option = click.option(
 )
 
 
-runtime_option = click.option(
-    "--runtime",
-    metavar="RUNTIME",
-    default="ort-cpu",
-    show_default=True,
-    help="What runs the ONNX files: ort-cpu or ort-cuda (ONNX Runtime), or openvino.",
-)
+def runtime_option(help_text: str) -> Callable:
+    return click.option("--runtime", metavar="RUNTIME", default="ort-cpu", show_default=True, help=help_text)
 
 
 def set_threads(threads: int | None) -> None:

@@ -25,7 +25,7 @@ from export.engines import EngineSpec, backend_version, engine_from_onnx
 from export.images import ImageSet
 from export.onnx import onnx_from_module
 from export.runners import Runner
-from export.runtimes import ORT_CPU, open_runner, runtime_called, runtime_version
+from export.runtimes import ORT_CPU, check_loads_onnx, open_runner, runtime_called, runtime_version
 from export.torch_runner import TorchRunner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.artifact import check_replaceable, new_folder
@@ -53,7 +53,7 @@ from flora.pipeline.images import (
 )
 from flora.pipeline.job import OnStart
 from flora.pipeline.notes import AskedLatency, note_on_pivots, notes_on
-from flora.provenance import device_facts, now, versions
+from flora.provenance import device_facts, gpu_facts, now, versions
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
 
@@ -107,6 +107,7 @@ class ExportRequest:
         ]
         for spec in specs:
             backend_version(spec.backend)
+        check_loads_onnx(self.runtime)
         runtime_version(self.runtime)
         return specs
 
@@ -250,7 +251,9 @@ def export_bundle(
             latency=latency,
             image_sets=({"evaluation": record} if request.certifies else {}) | {**source.config.image_sets},
             versions=versions(),
-            device=device_facts() | ({"threads": str(request.threads)} if request.threads else {}),
+            device=device_facts()
+            | (gpu_facts() if runtime_called(request.runtime).on_gpu else {})
+            | ({"threads": str(request.threads)} if request.threads else {}),
             command=list(request.command),
             created=now(),
             notes=notes,

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto
+import torch
 
-from export.graphs import graph_at_ranks, linear_sites, site_graph
+from export.graphs import linear_sites
 from export.latency import settled_ms
 from export.onnx import onnx_from_module
-from export.runners import Runner
-from export.runtimes import ORT_CPU, open_runner, runtime_called, runtime_version
+from export.runtimes import ORT_CPU, TORCH, TORCH_CUDA, runtime_called, runtime_version
 from flora.artifact import Document
 from flora.errors import FloraError, InputError
 from flora.lowrank.checkpoint import LoadedModel
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.job import OnStart
-from flora.provenance import clocks, device_facts, now
+from flora.pipeline.subjects import Graphs, Modules, Subjects
+from flora.provenance import clocks, device_facts, gpu_facts, now
 from flora.ranks.cost import ModelCost, Rank, break_even_rank
 from flora.ranks.latency import LatencyTable, ModelLatency, Site, SiteLatency
 from flora.resume import Job, WorkFolder
@@ -64,14 +64,15 @@ class LatencyRequest:
         return [(batch, precision) for batch in self.batches for precision in self.precisions]
 
     @property
+    def device_facts(self) -> dict[str, str]:
+        """The device that a table must have been measured on to be used."""
+        return device_facts() | (gpu_facts() if runtime_called(self.runtime).on_gpu else {})
+
+    @property
     def runtime_facts(self) -> dict[str, str]:
         """What a table must have been measured with to be used; `BackendMissingError` without the runtime."""
         package, version = runtime_version(self.runtime)
         return {"runtime": self.runtime, package: version, "threads": str(self.threads)}
-
-    def open(self, path: Path, precision: str) -> Runner:
-        """A runner of the ONNX file `path`."""
-        return open_runner(self.runtime, path, threads=self.threads, precision=precision)
 
 
 class _Measured(Document):
@@ -99,7 +100,7 @@ def measure_latency(
     settings = model.config.preprocessing
     cost = trace_cost(model.module, find_targets(model.module, request.layers), settings.input_size)
     started = time.monotonic()
-    device, runtime = device_facts(), request.runtime_facts
+    device, runtime = request.device_facts, request.runtime_facts
     known = _existing(out, request, model.config.model, cost, device, runtime)
     on_start(known is not None)
     if known is not None:
@@ -116,6 +117,11 @@ def measure_latency(
             **runtime,
         }
     )
+    if request.runtime in (TORCH, TORCH_CUDA) and torch.get_num_threads() != request.threads:
+        raise InputError(
+            f"torch runs {torch.get_num_threads()} threads, the table is to be for {request.threads}; set them by "
+            "torch.set_num_threads."
+        )
     work = WorkFolder.of(out)
     work.open(job, restart=request.restart)
     dense = work.file(DENSE)
@@ -129,7 +135,12 @@ def measure_latency(
     measured = _Measured.load(progress) if progress.is_file() else _Measured()
     groups = [(condition, site) for condition in request.conditions for site in by_site]
     total = len(groups) + len(request.conditions)
-    timing = _Timing(request, graph, cost, next(iter(by_site)), work)
+    subjects: Subjects = (
+        Modules(model.module, cost, runtime=request.runtime)
+        if request.runtime in (TORCH, TORCH_CUDA)
+        else Graphs(graph, cost, work.path, runtime=request.runtime, threads=request.threads)
+    )
+    timing = _Timing(subjects, cost, request.points, next(iter(by_site)))
 
     def begin_group(what: object, condition: tuple[int, str]) -> None:
         done = len(measured.sites) + len(measured.models)
@@ -185,24 +196,23 @@ def _existing(
 
 @dataclass(frozen=True)
 class _Timing:
-    """Builds graphs in the work folder, opens them, and times them beside the reference."""
+    """Times what the subjects open, beside one and the same reference."""
 
-    request: LatencyRequest
-    graph: ModelProto
+    subjects: Subjects
     cost: ModelCost
+    points: int
     reference: Site
-    work: WorkFolder
 
     def site(self, site: Site, layers: tuple[str, ...], batch: int, precision: str) -> tuple[float, SiteLatency]:
         """The reference's milliseconds, and the site dense and at its ranks."""
-        ranks, pivoted_ranks = _measured_ranks(site, self.request.points), _pivoted_ranks(site, self.request.points)
+        ranks, pivoted_ranks = _measured_ranks(site, self.points), _pivoted_ranks(site, self.points)
         with ExitStack() as opened:
-            open_graph = partial(self._call, opened, batch=batch, precision=precision)
+            opened_call = partial(self._call, opened, batch=batch, precision=precision)
             calls = [
-                open_graph(self.reference, "dense"),
-                open_graph(site, "dense"),
-                *(open_graph(site, rank) for rank in ranks),
-                *(open_graph(site, rank, pivoted=True) for rank in pivoted_ranks),
+                opened_call(self.reference, "dense"),
+                opened_call(site, "dense"),
+                *(opened_call(site, rank) for rank in ranks),
+                *(opened_call(site, rank, pivoted=True) for rank in pivoted_ranks),
             ]
             settled = settled_ms(calls, what=f"{site}, batch {batch} in {precision}")
         reference, dense_ms, *by_rank = settled.medians_ms
@@ -221,14 +231,13 @@ class _Timing:
 
     def models(self, size: tuple[int, int, int], batch: int, precision: str) -> tuple[float, tuple[ModelLatency, ...]]:
         """The reference's milliseconds, and those of whole models."""
-        images = np.random.default_rng(0).standard_normal((batch, *size)).astype(np.float32)
+        images = _numbers((batch, *size))
         configs = _calibration_configs(self.cost)
         with ExitStack() as opened:
-            calls: list[Callable[[], object]] = []
-            for ranks, pivoted in configs.values():
-                path = self.work.file("model.onnx")
-                graph_at_ranks(self.graph, self.cost.shapes, ranks, path, pivoted)
-                calls.append(partial(opened.enter_context(self.request.open(path, precision)), images))
+            calls = [
+                opened.enter_context(self.subjects.model(ranks, pivoted, batch, precision)).bind(images)
+                for ranks, pivoted in configs.values()
+            ]
             calls.append(self._call(opened, self.reference, "dense", batch=batch, precision=precision))
             settled = settled_ms(calls, what=f"whole models, batch {batch} in {precision}")
         *times, reference = settled.medians_ms
@@ -240,12 +249,12 @@ class _Timing:
     def _call(
         self, opened: ExitStack, site: Site, rank: Rank, *, batch: int, precision: str, pivoted: bool = False
     ) -> Callable[[], object]:
-        path = self.work.file("layer.onnx")
-        opset, ir_version = self.graph.opset_import[0].version, self.graph.ir_version
-        site_graph(site, rank, batch, path, pivoted=pivoted, opset=opset, ir_version=ir_version)
-        runner = opened.enter_context(self.request.open(path, precision))
-        shape = (batch, site.tokens, site.in_features)
-        return partial(runner, np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+        runner = opened.enter_context(self.subjects.layer(site, rank, batch, precision, pivoted=pivoted))
+        return runner.bind(_numbers((batch, site.tokens, site.in_features)))
+
+
+def _numbers(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def _measured_ranks(site: Site, points: int) -> tuple[int, ...]:

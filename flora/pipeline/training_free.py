@@ -28,7 +28,6 @@ from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest, measure_latenc
 from flora.pipeline.notes import AskedLatency
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
-from flora.provenance import device_facts
 from flora.ranks.budget import Budget, LatencyBudget, check_reachable, drop_parts, latency_parts
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
@@ -208,7 +207,7 @@ def _latency_table(
         table.check(
             model=model.config.model,
             layers=cost.shapes,
-            device=device_facts(),
+            device=request.latency.device_facts,
             runtime=request.latency.runtime_facts,
         )
     else:

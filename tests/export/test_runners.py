@@ -13,7 +13,10 @@ from export.runners import CPU, OnnxRunner
 from export.torch_runner import TorchRunner
 from flora.errors import BackendMissingError, InputError
 
-TORCH_FREE = ("verify", "images", "preprocessing", "runners", "bundle", "benchmark", "engines")
+TORCH_FREE = (
+    *("verify", "images", "preprocessing", "runners", "bundle", "benchmark", "engines", "runtimes"),
+    "tensorrt_runner",
+)
 
 
 def test_onnx_and_torch_agree(onnx_file, model):
@@ -49,6 +52,18 @@ def test_images_that_do_not_fit_are_refused_before_inference(onnx_file, images):
         pytest.raises(InputError, match=r"takes float32 images of shape \[any, 1, 28, 28\], got "),
     ):
         runner(images)
+
+
+def test_what_is_timed_is_the_run_itself(onnx_file, model):
+    images, ran = random_images(2), []
+    model.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].shape))
+    with OnnxRunner(onnx_file, threads=1) as on_onnx, TorchRunner(model, name="torch") as on_torch:
+        np.testing.assert_array_equal(on_onnx.bind(images)(), on_onnx(images))
+        ran.clear()
+        call = on_torch.bind(images)
+        call()
+        call()
+    assert ran == [images.shape] * 2
 
 
 def test_a_closed_runner_says_so(onnx_file):

@@ -3,17 +3,24 @@
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
+import onnx
 import pytest
+import torch
 
+from export.graphs import linear_sites
+from export.onnx import onnx_from_module
 from export.runtimes import RUNTIMES
 from flora.errors import BackendMissingError, FloraError, InputError
 from flora.lowrank.checkpoint import LoadedModel, ModelConfig
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline import latency
 from flora.pipeline.latency import LatencyRequest, _measured_ranks, _pivoted_ranks, measure_latency
+from flora.pipeline.subjects import Graphs, Modules
+from flora.provenance import clocks
 from flora.ranks.latency import LatencyModel, LatencyTable, Site
-from tests.clocked_device import NS_A_MAC, ClockedDevice
-from tests.samples import GREY, IMAGE, random_ranks, tiny_args, tiny_model
+from tests.clocked_device import NS_A_MAC, ClockedDevice, weights_of_graph, weights_of_module
+from tests.samples import GREY, IMAGE, random_images, random_ranks, tiny_args, tiny_model
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 REQUEST = LatencyRequest(layers=LAYERS, batches=(1, 4), points=3)
@@ -30,8 +37,11 @@ def model() -> LoadedModel:
     return LoadedModel(module=tiny_model(), config=config)
 
 
-def test_a_table_predicts_models_that_it_has_not_seen(device, model, tmp_path):
-    table = measure_latency(model, tmp_path / "latency.json", REQUEST)
+@pytest.mark.parametrize("runtime", ["ort-cpu", "torch"])
+def test_a_table_predicts_models_that_it_has_not_seen(device, model, tmp_path, runtime):
+    torch.set_num_threads(REQUEST.threads)
+    table = measure_latency(model, tmp_path / "latency.json", replace(REQUEST, runtime=runtime))
+    assert table.runtime["runtime"] == runtime
     assert LatencyTable.load(tmp_path / "latency.json") == table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latency.json"]
     cost = trace_cost(model.module, find_targets(model.module, LAYERS), IMAGE)
@@ -134,6 +144,52 @@ def test_a_measurement_that_is_out_of_time_goes_on_with_the_same_call(device, mo
             measure()
     assert [done for done, _ in groups] == list(range(total))
     assert len(LatencyTable.load(out).sites) + len(REQUEST.conditions) == total
+
+
+def test_torch_must_run_the_threads_that_the_table_is_for(model, tmp_path):
+    with pytest.raises(InputError, match=r"torch runs \d+ threads, the table is to be for 9"):
+        measure_latency(model, tmp_path / "latency.json", replace(REQUEST, runtime="torch", threads=9))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", ["dense", "factors", "pivoted"])
+def test_torch_times_what_the_graphs_hold(model, tmp_path, precision, form):
+    """A layer in the two worlds has the same weights and gives as many outputs; so have whole models."""
+    cost = trace_cost(model.module, find_targets(model.module, LAYERS), IMAGE)
+    onnx_from_module(model.module, tmp_path / "dense.onnx", preprocessing=GREY)
+    dense = onnx.load(tmp_path / "dense.onnx")
+    graphs = Graphs(dense, cost, tmp_path, runtime="ort-cpu", threads=1)
+    modules = Modules(model.module, cost, runtime="torch")
+    rank = "dense" if form == "dense" else 5
+    for site in set(linear_sites(dense, cost.shapes).values()):
+        rows = np.ones((2, site.tokens, site.in_features), np.float32)
+        with (
+            graphs.layer(site, rank, 2, "fp32", pivoted=form == "pivoted") as graph,
+            modules.layer(site, rank, 2, precision, pivoted=form == "pivoted") as module,
+        ):
+            assert module(rows).shape == graph(rows).shape
+            module.bind(rows)()
+            assert weights_of_module(module._module) == weights_of_graph(tmp_path / "layer.onnx")
+    ranks = dict.fromkeys(cost.shapes, rank)
+    pivoted = tuple(ranks) if form == "pivoted" else ()
+    images = random_images(2).numpy()
+    with graphs.model(ranks, pivoted, 2, "fp32") as graph, modules.model(ranks, pivoted, 2, precision) as module:
+        assert module(images).shape == graph(images).shape
+        in_layers = sum(cost.shapes[name].weights(rank, pivoted=form == "pivoted") for name in cost.shapes)
+        assert weights_of_module(module._module) == in_layers
+
+
+def test_a_gpu_and_its_driver_are_part_of_the_device(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$1" in *name*) echo "NVIDIA H100, 580.65";; *) echo "1980, 2619";; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert LatencyRequest(layers=LAYERS, runtime="ort-cuda").device_facts["gpu"] == "NVIDIA H100"
+    assert LatencyRequest(layers=LAYERS, runtime="tensorrt").device_facts["driver"] == "580.65"
+    assert "gpu" not in REQUEST.device_facts
+    assert clocks()["gpu MHz"] == "1980"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "gpu" not in LatencyRequest(layers=LAYERS, runtime="ort-cuda").device_facts
 
 
 def test_a_factorized_model_is_refused(model, tmp_path):
