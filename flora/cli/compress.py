@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 @click.option(
     "--budget",
     metavar="BUDGET",
-    help="macs=45% of the dense model, macs=2.7G or params=12M; training-free also latency=0.6x or latency=12ms, and "
-    "drop=0.5: the fastest ranks that lose at most half a point on the selection images, before the factors are fitted "
-    "again; at batch 8 or, with @b1, at another.",
+    help="macs=45% of the dense model, macs=2.7G or params=12M; latency=0.6x or latency=12ms, at batch 8 or, with @b1, "
+    "at another; training-free also drop=0.5: the fastest ranks that lose at most half a point on the selection "
+    "images, before the factors are fitted again.",
 )
 @click.option(
     "--family",
@@ -263,7 +263,7 @@ def _supernet_request(
 
     settings = settings_from_options(training)
     more = params["finetune_epochs"]
-    names = ("data", "calib_data", "select_data", "layers", "share", "fitness", "teacher", "teacher_checkpoint")
+    names = ("data", "calib_data", "select_data", "latency_table", "layers", "share", "fitness", "teacher")
     return CompressRequest(
         budget=budget,
         export=export,
@@ -272,7 +272,7 @@ def _supernet_request(
         space=params["space"] or DEFAULT_SPACE,
         search=SearchSettings.of_size(params["population"], params["generations"], seed=training["seed"] or 0),
         device=device,
-        **{name: params[name] for name in (*names, "workers", "restart")},
+        **{name: params[name] for name in (*names, "teacher_checkpoint", "workers", "restart")},
     )
 
 
@@ -325,8 +325,6 @@ def _reject_options(context: click.Context, is_supernet: bool) -> None:
         raise click.UsageError(
             "Without training, --calib-data IMAGES is needed; to train, give --method supernet --data IMAGES."
         )
-    if is_supernet and context.params["latency_table"] is not None:
-        raise click.UsageError("--latency-table belongs to --method training-free.")
     for option in () if is_supernet else context.command.params:
         given = context.get_parameter_source(option.name or "") is not ParameterSource.DEFAULT
         if given and option.name not in _BOTH:

@@ -30,7 +30,13 @@ from flora.ranks.evolution import SearchSettings
     multiple=True,
     required=True,
     metavar="BUDGET",
-    help="macs=50% of the whole dense model, macs=2.7G, or params=12M (repeatable).",
+    help="macs=50% of the whole dense model, macs=2.7G, or params=12M; with --latency-table also latency=0.6x or "
+    "latency=12ms, at batch 8 or, with @b1, at another (repeatable).",
+)
+@click.option(
+    "--latency-table",
+    type=click.Path(path_type=Path),
+    help="Table of flora latency-table, by which budgets of latency go.",
 )
 @click.option("--select-data", metavar="IMAGES", required=True, help=f"Images to choose by: {IMAGES_HELP}.")
 @out_option("result")
@@ -72,6 +78,7 @@ from flora.ranks.evolution import SearchSettings
 def command(
     supernet: Path,
     budgets: tuple[str, ...],
+    latency_table: Path | None,
     select_data: str,
     out: Path,
     fitness: str,
@@ -108,6 +115,7 @@ def command(
     request = SearchRequest(
         select_data=select_data,
         budgets=budgets,
+        latency_table=latency_table,
         fitness=fitness,  # type: ignore[arg-type]
         settings=SearchSettings.of_size(
             population,
@@ -126,7 +134,7 @@ def command(
         restart=restart,
     )
     loaded = load_supernet(supernet)
-    plan = plan_search(loaded, budgets)
+    plan = plan_search(loaded, budgets, latency_table)
     cost = plan.cost
     if is_main() and not as_json:
         print_table(
@@ -148,9 +156,7 @@ def command(
         outcome = search(
             *(supernet, out, request),
             on_start=say_when_done(out, hidden=not is_main()),
-            on_generation=lambda state: advance(
-                what=f"{state.budget.text}, generation {state.generation} of {generations}"
-            ),
+            on_generation=lambda state: advance(what=f"{state.budget}, generation {state.generation} of {generations}"),
         )
     if not is_main():
         return
@@ -164,6 +170,7 @@ def command(
                         "file": outcome.files[text],
                         "macs": config.macs,
                         "params": config.params,
+                        "latency_ms": config.latency_ms,
                         "score": config.score,
                     }
                     for text, config in outcome.configs.items()
@@ -172,13 +179,14 @@ def command(
         )
         return
     print_table(
-        ["budget", "MACs", "of dense", "parameters", f"score ({fitness})", "file"],
+        ["budget", "MACs", "of dense", "parameters", "predicted, ms", f"score ({fitness})", "file"],
         [
             [
                 text,
                 millions(config.macs),
                 f"{(config.macs or 0) / cost.dense_macs:.1%}",
                 millions(config.params),
+                "-" if config.latency_ms is None else f"{config.latency_ms:.3g}",
                 f"{config.score:.5g}",
                 outcome.files[text],
             ]

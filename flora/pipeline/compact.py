@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flora.errors import InputError
 from flora.lowrank.checkpoint import (
@@ -11,6 +12,7 @@ from flora.lowrank.checkpoint import (
     LoadedModel,
     LoadedSupernet,
     ModelConfig,
+    SupernetConfig,
     content_digest,
     load_model_folder,
     load_supernet,
@@ -18,7 +20,7 @@ from flora.lowrank.checkpoint import (
 )
 from flora.lowrank.materialize import materialize
 from flora.pipeline.job import OnStart
-from flora.ranks.budget import macs_budget
+from flora.ranks.budget import LatencyBudget, Limit, macs_budget
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import Rank
 from flora.ranks.uniform import uniform_ranks, uniform_ranks_for_macs
@@ -56,6 +58,25 @@ def _config(supernet: LoadedSupernet, ranks: dict[str, Rank], *, origin: str, bu
         macs=cost.macs(ranks),
         params=cost.params(ranks),
         origin=origin,
+    )
+
+
+def config_within(
+    supernet: SupernetConfig, ranks: dict[str, Rank], limit: Limit, *, origin: str, **found: Any
+) -> RankConfig:
+    """What was chosen within `limit`, with its cost and, by a latency table, its time and its pivoted layers."""
+    latency, cost = limit.latency if isinstance(limit, LatencyBudget) else None, supernet.cost
+    pivoted = latency.pivoted(ranks) if latency else ()
+    return RankConfig(
+        model=supernet.model,
+        ranks=ranks,
+        pivoted=pivoted,
+        budget=limit.text,
+        macs=cost.macs(ranks, pivoted),
+        params=cost.params(ranks, pivoted),
+        latency_ms=latency.ms(ranks) if latency else None,
+        origin=origin,
+        **found,
     )
 
 

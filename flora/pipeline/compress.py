@@ -30,10 +30,12 @@ from flora.pipeline.images import (
     training_record,
 )
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
+from flora.pipeline.latency import LatencyRequest
 from flora.pipeline.search import SearchRequest, budget_slug, search, subnets_within_reach
+from flora.pipeline.timed import asks_for_drop, latency_request, refuse_needless_table, table_here, timed_export
 from flora.pipeline.train import TrainRequest, check_training, train
 from flora.preprocessing import Preprocessing
-from flora.ranks.budget import Budget, check_reachable
+from flora.ranks.budget import Budget, LatencyBudget, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
 from flora.ranks.evolution import SearchSettings
@@ -56,7 +58,8 @@ CPU = torch.device("cpu")
 class CompressRequest:
     """`data` is trained on; without `select_data` every tenth image of it is held out to choose by instead.
 
-    The supernet trains for the epochs of `settings`, the subnet that the search finds for `finetune_epochs` more.
+    A budget in milliseconds goes by `latency_table`, or by one that is measured here, for the runtime of `export`. The
+    supernet trains for the epochs of `settings`, the subnet that the search finds for `finetune_epochs` more.
     """
 
     data: str
@@ -70,6 +73,7 @@ class CompressRequest:
     space: str
     share: float = 0.3
     fitness: Fitness = "loss"
+    latency_table: Path | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
     teacher: str = "dense"
     teacher_checkpoint: Path | None = None
@@ -89,6 +93,11 @@ class CompressRequest:
         # A part of a part cannot be named, so the limit goes to the training set itself.
         calibration = self.calib_data or at_most(training, CALIBRATION_IMAGES)
         return calibration, selection, training
+
+    @property
+    def latency(self) -> LatencyRequest | None:
+        """The measurement that a budget in milliseconds goes by; None for another budget."""
+        return None if asks_for_drop(self.budget) else latency_request(self.budget, self.layers, self.export)
 
     def training(self, epochs: int) -> TrainRequest:
         """How the supernet and the subnet that was found are trained."""
@@ -123,7 +132,11 @@ def compress(
     calibration, selection, _ = request.image_sets
     processes(request.device)
     steps = steps or folder_of_steps(out)
-    refuse_early(model, request)
+    cost = refuse_early(model, request)
+    table, table_file = None, request.latency_table
+    if request.latency is not None:
+        table, table_file = table_here(model, cost, table_file, request.latency, steps, on_step)
+        check_reachable(LatencyBudget.parse(request.budget, table), space_from_text(request.space, cost), cost)
     _tell_reach(model, request, on_line)
     supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
@@ -202,6 +215,7 @@ def compress(
         SearchRequest(
             select_data=at_most(selection, SEARCH_IMAGES),
             budgets=(request.budget,),
+            latency_table=table_file,
             fitness=request.fitness,
             settings=request.search,
             device=request.device,
@@ -220,6 +234,7 @@ def compress(
         shipped = tuned
     if is_main():
         export = request.export.judged_by(at_most(selection, SEARCH_IMAGES))
+        export = timed_export(export, request.latency, ranks, table)
         export_job(with_reference_of(compact, shipped), export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
@@ -244,8 +259,8 @@ def _extent(space: SearchSpace, cost: ModelCost) -> str:
     return f"{float(space.size):.3g} configs from {smallest} to {largest} MACs, mean {mean}"
 
 
-def refuse_early(model: LoadedModel, request: CompressRequest) -> None:
-    """Raise `InputError` for what a later step would refuse after hours: budget, engines, images, labels, training."""
+def refuse_early(model: LoadedModel, request: CompressRequest) -> ModelCost:
+    """The model's cost; `InputError` for what a step would refuse after hours: budget, engines, images, training."""
     if model.config.ranks:
         raise InputError(f"{model.folder} is factorized already; compress the dense model.")
     preprocessing, classes = model.config.preprocessing, cast(int, model.module.num_classes)
@@ -253,7 +268,9 @@ def refuse_early(model: LoadedModel, request: CompressRequest) -> None:
     space = space_from_text(request.space, cost)
     for index in range(len(space.blocks)):
         space.block_candidates(index)
-    check_reachable(Budget.parse(request.budget, cost), space, cost)
+    if request.latency is None:
+        check_reachable(Budget.parse(request.budget, cost), space, cost)
+    refuse_needless_table(request.latency_table, request.budget, request.latency)
     kept_count(request.share, 1)
     request.export.engine_specs()
     calibration, selection, training = (TimmImages(text, preprocessing) for text in request.image_sets)
@@ -277,6 +294,7 @@ def refuse_early(model: LoadedModel, request: CompressRequest) -> None:
     check_training(model, request.training(request.settings.epochs))
     if request.finetune_epochs:
         request.training(request.finetune_epochs)
+    return cost
 
 
 def _names_of_chosen_by(selection: str, preprocessing: Preprocessing) -> dict[str, str]:

@@ -62,7 +62,7 @@ def _scores_by_macs(states: Sequence[SearchState], cost: ModelCost, fitness: str
             x=[one.macs / cost.dense_macs for one in complete],
             y=[one.score for one in complete],
             mode="markers",
-            name=state.budget.text,
+            name=state.budget,
         )
     front = pareto(states, "macs")
     figure.add_scatter(

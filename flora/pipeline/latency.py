@@ -75,6 +75,19 @@ class LatencyRequest:
         return {"runtime": self.runtime, package: version, "threads": str(self.threads)}
 
 
+def load_table(file: Path, model: str, cost: ModelCost, request: LatencyRequest | None = None) -> LatencyTable:
+    """The table in `file`; `InputError` unless it is of this model and device, and of the runtime of `request`.
+
+    Without a request it must be of the runtime, in the version that is installed here, that it names itself.
+    """
+    table = LatencyTable.load(file)
+    if request is None:
+        facts = table.runtime
+        request = LatencyRequest(layers=(), runtime=facts.get("runtime", ""), threads=int(facts.get("threads", 1)))
+    table.check(model=model, layers=cost.shapes, device=request.device_facts, runtime=request.runtime_facts)
+    return table
+
+
 class _Measured(Document):
     """What an unfinished table has: results as they were timed, each with the reference's time beside it."""
 

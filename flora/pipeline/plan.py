@@ -33,6 +33,8 @@ COMPENSATION = 9.0  # fitting all layers again: the weights of tokens, and each 
 VERIFICATION = 5.0  # the stages of a bundle
 # Seconds that exporting and loading files takes whatever the model, and those of a group of the latency table.
 EXPORTING, GROUP = 20.0, 8.0
+# Batches that the whole models of the table run.
+WHOLE_MODELS = 100
 TIMED_BATCH, TIMED_REPEATS = 8, 3
 
 
@@ -73,12 +75,7 @@ def plan_training_free(model: LoadedModel, request: TrainingFreeRequest) -> Plan
         PlannedStep(what="compensating", images=fitted, seconds=fitted * (COMPENSATION + 2 * moments) * pass_s),
         _export_step(evaluation, pass_s),
     ]
-    if request.latency is not None and request.latency_table is None:
-        (batch,) = request.latency.batches
-        groups = len({(layer.in_features, layer.out_features, layer.tokens) for layer in cost.layers})
-        seconds = GROUP * groups + 100 * batch * pass_s
-        steps.insert(0, PlannedStep(what="measuring latency", images=None, seconds=seconds))
-    return Plan(reach=_reach(request.space_of(cost), cost), steps=tuple(steps))
+    return Plan(reach=_reach(request.space_of(cost), cost), steps=(*_latency_step(request, cost, pass_s), *steps))
 
 
 def plan_supernet(model: LoadedModel, request: CompressRequest) -> Plan:
@@ -113,7 +110,19 @@ def plan_supernet(model: LoadedModel, request: CompressRequest) -> Plan:
         ),
         _export_step(evaluation, pass_s),
     ]
-    return Plan(reach=_reach(space, cost), steps=tuple(steps))
+    return Plan(reach=_reach(space, cost), steps=(*_latency_step(request, cost, pass_s), *steps))
+
+
+def _latency_step(
+    request: TrainingFreeRequest | CompressRequest, cost: ModelCost, pass_s: float
+) -> tuple[PlannedStep, ...]:
+    """Measuring a latency table, where one is needed and not given."""
+    if request.latency is None or request.latency_table is not None:
+        return ()
+    (batch,) = request.latency.batches
+    groups = len({(layer.in_features, layer.out_features, layer.tokens) for layer in cost.layers})
+    seconds = GROUP * groups + WHOLE_MODELS * batch * pass_s
+    return (PlannedStep(what="measuring latency", images=None, seconds=seconds),)
 
 
 def _reach(space: SearchSpace, cost: ModelCost) -> dict[str, tuple[int, int]]:

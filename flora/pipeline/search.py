@@ -12,15 +12,18 @@ from flora.artifact import Document, check_replaceable, new_folder
 from flora.errors import InputError
 from flora.imagesets import ImageSetRecord
 from flora.lowrank.checkpoint import FILTER_REPORT, LoadedSupernet, content_digest, load_supernet
+from flora.pipeline.compact import config_within
 from flora.pipeline.figures import write_figures
 from flora.pipeline.filter import FilterReport
 from flora.pipeline.images import identity
 from flora.pipeline.job import OnStart, begin
+from flora.pipeline.latency import load_table
 from flora.ranks.allocate import Choice, allocate
-from flora.ranks.budget import Budget, check_reachable
+from flora.ranks.budget import LATENCY, Budget, LatencyBudget, Limit, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.evolution import Evaluated, SearchSettings, SearchState, best, evolve, pareto
+from flora.ranks.latency import LatencyTable
 from flora.ranks.space import SearchSpace
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
@@ -75,10 +78,11 @@ class SearchHistory(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """What to search on and for; `budgets` as the user writes them (`macs=50%`)."""
+    """What to search on and for; `budgets` as the user writes them (`macs=50%`), those of latency by the table."""
 
     select_data: str
     budgets: tuple[str, ...]
+    latency_table: Path | None = None
     fitness: Fitness = "loss"
     settings: SearchSettings = field(default_factory=SearchSettings)
     device: torch.device | None = None
@@ -103,14 +107,22 @@ class Plan:
     """What can be reached, before anything is spent: smallest, middle and largest subnet, and the budgets."""
 
     subnets: dict[str, dict[str, Rank]]
-    budgets: tuple[Budget, ...]
+    budgets: tuple[Limit, ...]
     cost: ModelCost
+    table: LatencyTable | None
 
 
-def plan_search(supernet: LoadedSupernet, budgets: Sequence[str]) -> Plan:
-    """Parse the budgets and refuse those that no subnet meets."""
-    space, cost = supernet.config.space, supernet.config.cost
-    parsed = tuple(Budget.parse(text, cost) for text in budgets)
+def plan_search(supernet: LoadedSupernet, budgets: Sequence[str], latency_table: Path | None = None) -> Plan:
+    """Parse the budgets and refuse those that no subnet meets, and a latency table that does not serve."""
+    config = supernet.config
+    space, cost = config.space, config.cost
+    table = None if latency_table is None else load_table(latency_table, config.model, cost)
+    if table is not None and not any(text.startswith(LATENCY) for text in budgets):
+        raise InputError(f"A latency table serves a budget such as latency=0.6x; {', '.join(budgets)} is none.")
+    parsed = tuple(
+        LatencyBudget.parse(text, table) if table and text.startswith(LATENCY) else Budget.parse(text, cost)
+        for text in budgets
+    )
     if not parsed:
         raise InputError("A search needs a budget, for example macs=50%.")
     if len({budget.text for budget in parsed}) < len(parsed):
@@ -121,6 +133,7 @@ def plan_search(supernet: LoadedSupernet, budgets: Sequence[str]) -> Plan:
         subnets=subnets_within_reach(space, cost),
         budgets=parsed,
         cost=cost,
+        table=table,
     )
 
 
@@ -151,7 +164,8 @@ def search(
     """Search the supernet in folder `source` and write the folder `out`; stopped, the same call goes on."""
     check_replaceable(out, marker=PARETO)
     supernet = load_supernet(source)
-    budgets = plan_search(supernet, request.budgets).budgets
+    plan = plan_search(supernet, request.budgets, request.latency_table)
+    budgets = plan.budgets
     processes(request.device)
     config = supernet.config
     source_images = TimmImages(request.select_data, config.preprocessing, workers=request.workers)
@@ -167,6 +181,7 @@ def search(
             "selection": identity(source_images, record),
             "fitness": request.fitness,
             "budgets": request.budgets,
+            **({"table": plan.table.digest} if plan.table else {}),
             **asdict(request.settings),
         }
     )
@@ -202,7 +217,8 @@ def search(
         )
         generations += _history(states[-1])
     configs = {
-        state.budget.text: _rank_config(supernet, state.budget, best(state), request, record) for state in states
+        budget.text: _rank_config(supernet, budget, best(state), request, record)
+        for budget, state in zip(budgets, states, strict=True)
     }
     names = _names(budgets)
     front = ParetoSet(
@@ -226,13 +242,13 @@ def search(
     return _outcome(out, budgets)
 
 
-def _names(budgets: Sequence[Budget]) -> dict[str, str]:
+def _names(budgets: Sequence[Limit]) -> dict[str, str]:
     """The file of each budget's ranks."""
     texts = [budget.text for budget in budgets]
     return {text: "ranks.json" if len(texts) == 1 else f"ranks-{budget_slug(text)}.json" for text in texts}
 
 
-def _outcome(out: Path, budgets: Sequence[Budget]) -> SearchOutcome:
+def _outcome(out: Path, budgets: Sequence[Limit]) -> SearchOutcome:
     """What lies in the folder that a search has written."""
     out, names = Path(out), _names(budgets)
     spent = {record.budget: record.image_forwards for record in SearchHistory.load(out / HISTORY).generations}
@@ -245,7 +261,7 @@ def _outcome(out: Path, budgets: Sequence[Budget]) -> SearchOutcome:
     )
 
 
-def starting_configs(source: Path, space: SearchSpace, cost: ModelCost, budget: Budget) -> list[dict[str, Rank]]:
+def starting_configs(source: Path, space: SearchSpace, cost: ModelCost, budget: Limit) -> list[dict[str, Rank]]:
     """Configs to begin with, from the errors that filtering measured: the best ones if errors of blocks add up."""
     if not (source / FILTER_REPORT).is_file():
         return []
@@ -269,18 +285,10 @@ def starting_configs(source: Path, space: SearchSpace, cost: ModelCost, budget: 
 
 
 def _rank_config(
-    supernet: LoadedSupernet, budget: Budget, found: Evaluated, request: SearchRequest, record: ImageSetRecord
+    supernet: LoadedSupernet, budget: Limit, found: Evaluated, request: SearchRequest, record: ImageSetRecord
 ) -> RankConfig:
-    return RankConfig(
-        model=supernet.config.model,
-        ranks=found.ranks,
-        budget=budget.text,
-        macs=found.macs,
-        params=found.params,
-        score=found.score,
-        origin=f"evolutionary search, fitness {request.fitness}, seed {request.settings.seed}",
-        selection=record,
-    )
+    origin = f"evolutionary search, fitness {request.fitness}, seed {request.settings.seed}"
+    return config_within(supernet.config, found.ranks, budget, origin=origin, score=found.score, selection=record)
 
 
 def _history(state: SearchState) -> list[GenerationRecord]:
@@ -291,7 +299,7 @@ def _history(state: SearchState) -> list[GenerationRecord]:
         top = max(complete, key=lambda one: one.score)
         records.append(
             GenerationRecord(
-                budget=state.budget.text,
+                budget=state.budget,
                 generation=generation,
                 evaluated=len(known),
                 image_forwards=sum(one.images for one in known),

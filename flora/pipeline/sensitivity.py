@@ -11,6 +11,7 @@ from flora.artifact import Document, check_replaceable, new_folder
 from flora.errors import InputError
 from flora.imagesets import ImageSetRecord
 from flora.lowrank.checkpoint import LoadedSupernet, content_digest, load_supernet
+from flora.pipeline.compact import config_within
 from flora.pipeline.images import identity
 from flora.pipeline.job import OnStart, begin
 from flora.ranks.allocate import allocate
@@ -132,16 +133,5 @@ def allocated_config(
     check_reachable(limit, space, config.cost)
     ranks = allocate(model.choices(space, config.cost, limit), limit.left_for_layers(config.cost))
     assert ranks is not None
-    latency = limit.latency if isinstance(limit, LatencyBudget) else None
-    pivoted = latency.pivoted(ranks) if latency else ()
-    return RankConfig(
-        model=config.model,
-        ranks=ranks,
-        pivoted=pivoted,
-        budget=limit.text,
-        macs=config.cost.macs(ranks, pivoted),
-        params=config.cost.params(ranks, pivoted),
-        latency_ms=latency.ms(ranks) if latency else None,
-        origin=f"allocated by sensitivity, predicted divergence {model.error(ranks):.3g} nats",
-        selection=report.selection,
-    )
+    origin = f"allocated by sensitivity, predicted divergence {model.error(ranks):.3g} nats"
+    return config_within(config, ranks, limit, origin=origin, selection=report.selection)

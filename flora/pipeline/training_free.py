@@ -5,7 +5,7 @@ or its settings have changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -24,14 +24,13 @@ from flora.pipeline.drop import ranks_within_drop
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.images import certified_record, check_classes, names_by_digest, open_images, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
-from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest, measure_latency
-from flora.pipeline.notes import AskedLatency
+from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
-from flora.ranks.budget import Budget, LatencyBudget, check_reachable, drop_parts, latency_parts
-from flora.ranks.config import RankConfig
+from flora.pipeline.timed import asks_for_drop, latency_request, refuse_needless_table, table_here, timed_export
+from flora.ranks.budget import Budget, LatencyBudget, check_reachable
 from flora.ranks.cost import ModelCost
-from flora.ranks.latency import LatencyModel, LatencyTable
+from flora.ranks.latency import LatencyModel
 from flora.ranks.space import SearchSpace, space_from_multiples, space_from_text
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
@@ -83,30 +82,7 @@ class TrainingFreeRequest:
     @property
     def latency(self) -> LatencyRequest | None:
         """The measurement that a budget in milliseconds or points goes by; None for another budget."""
-        if self.budget.startswith("latency="):
-            _, _, batch = latency_parts(self.budget)
-        elif self.asks_for_drop:
-            _, batch = drop_parts(self.budget)
-        else:
-            return None
-        return LatencyRequest(
-            layers=self.layers, runtime=self.export.runtime, batches=(batch,), threads=self.export.threads or 1
-        )
-
-    @property
-    def asks_for_drop(self) -> bool:
-        """Whether the budget is one of accuracy: then the fastest model within it is looked for."""
-        return self.budget.startswith("drop=")
-
-    def export_of(self, asked: AskedLatency | None) -> ExportRequest:
-        """The export, measured as the latency was, and on the selection images where no others are given."""
-        export = self.export.judged_by(self.image_sets[1])
-        if self.latency is None:
-            return export
-        (batch,) = self.latency.batches
-        smallest, _, largest = export.batches
-        batches = (smallest, batch, max(largest, batch))
-        return replace(export, batches=batches, threads=self.latency.threads, asked=asked)
+        return latency_request(self.budget, self.layers, self.export)
 
 
 def compress_training_free(
@@ -136,7 +112,13 @@ def compress_training_free(
     def begins(what: str) -> OnStart:
         return lambda done: None if done else on_step(what)
 
-    table = _latency_table(model, cost, steps, request, on_step)
+    table = None
+    if request.latency is not None:
+        table, _ = table_here(model, cost, request.latency_table, request.latency, steps, on_step)
+        if asks_for_drop(request.budget):
+            LatencyModel(table, batch=request.latency.batches[0])
+        else:
+            check_reachable(LatencyBudget.parse(request.budget, table), request.space_of(cost), cost)
     if is_main():
         model.module.to(request.device)
         build(
@@ -157,7 +139,7 @@ def compress_training_free(
         on_start=begins("probing layers"),
         on_layers=lambda done, layers: on_step(f"probing layers: {done} of {layers}"),
     )
-    if request.asks_for_drop:
+    if asks_for_drop(request.budget):
         assert table is not None
         ranks = ranks_within_drop(
             *(supernet, report, table, steps / f"ranks-{budget_slug(request.budget)}"),
@@ -186,55 +168,10 @@ def compress_training_free(
             on_layer=lambda done, layers: on_step(f"compensating: {done} of {layers} layers"),
         )
     if is_main():
-        export = request.export_of(_asked(request, ranks, table))
+        export = timed_export(request.export.judged_by(selection), request.latency, ranks, table)
         export_job(with_reference_of(compact, shipped), export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
-
-
-def _latency_table(
-    model: LoadedModel,
-    cost: ModelCost,
-    steps: Path,
-    request: TrainingFreeRequest,
-    on_step: Callable[[str], None],
-) -> LatencyTable | None:
-    """The table that is given, or one that is measured here, and the budget is within its reach."""
-    if request.latency is None:
-        return None
-    if request.latency_table is not None:
-        table = LatencyTable.load(request.latency_table)
-        table.check(
-            model=model.config.model,
-            layers=cost.shapes,
-            device=request.latency.device_facts,
-            runtime=request.latency.runtime_facts,
-        )
-    else:
-        (batch,) = request.latency.batches
-        file = steps / f"latency-{request.latency.runtime}-b{batch}.json"
-        if is_main():
-            measure_latency(
-                model,
-                file,
-                request.latency,
-                on_group=lambda done, of, what: on_step(f"measuring latency: {done} of {of} groups, {what}"),
-            )
-        wait()
-        table = LatencyTable.load(file)
-    if request.asks_for_drop:
-        LatencyModel(table, batch=request.latency.batches[0])
-    else:
-        check_reachable(LatencyBudget.parse(request.budget, table), request.space_of(cost), cost)
-    return table
-
-
-def _asked(request: TrainingFreeRequest, ranks: RankConfig, table: LatencyTable | None) -> AskedLatency | None:
-    """What the bundle's measurement is held against."""
-    if request.latency is None or table is None or ranks.latency_ms is None:
-        return None
-    dense_ms = LatencyModel(table, batch=request.latency.batches[0]).dense_ms
-    return AskedLatency(budget=request.budget, predicted_ms=ranks.latency_ms, dense_ms=dense_ms)
 
 
 def refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
@@ -246,11 +183,7 @@ def refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
     space = request.space_of(cost)
     if request.latency is None:
         check_reachable(Budget.parse(request.budget, cost), space, cost)
-    if request.latency_table is not None and request.latency is None:
-        raise InputError(
-            f"A latency table serves a budget in milliseconds or points, such as latency=0.6x or drop=0.5; "
-            f"{request.budget} is none."
-        )
+    refuse_needless_table(request.latency_table, request.budget, request.latency)
     request.export.engine_specs()
     parts = [TimmImages(text, preprocessing) for text in request.image_sets]
     calibration, selection = (part.record() for part in parts)

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,8 @@ CostKind = Literal["macs", "params"]
 WORDS = {"macs": "MACs", "params": "parameters"}
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
+# How a budget in milliseconds, or in shares of the dense model's, begins.
+LATENCY = "latency="
 # What a budget in milliseconds is timed at where its text names no batch size.
 USUAL_BATCH = 8
 
@@ -38,9 +40,19 @@ class Limit(ABC):
     def describe(self, amount: int) -> str:
         """An amount of what is counted, with its unit."""
 
+    @property
+    @abstractmethod
+    def counts(self) -> str:
+        """What is counted, so that two limits that count the same way have the same text here."""
+
     def cheapest(self, space: SearchSpace, cost: ModelCost) -> dict[str, Rank]:
-        """The subnet of `space` that costs least."""
-        return space.smallest()
+        """The subnet of `space` that costs least, which need not be the one of the lowest ranks."""
+        found: dict[str, Rank] = {}
+        for names, candidates in space.decisions():
+            shapes = [cost.shapes[name] for name in names]
+            costs = [sum(map(self.layer_cost, shapes, candidate)) for candidate in candidates]
+            found.update(zip(names, candidates[costs.index(min(costs))], strict=True))
+        return {name: found[name] for name in space.choices}
 
     def left_for_layers(self, cost: ModelCost) -> int:
         """The limit less what no rank changes: what `layer_cost` of all layers may add up to."""
@@ -68,7 +80,7 @@ class Budget(Limit):
             return cls(kind="params", limit=_limit(amount, cost.dense_params, given=text, word=WORDS[kind]), text=text)
         hint = near_matches(kind, WORDS)
         if kind in ("latency", "drop"):
-            hint = " Milliseconds and points are for flora compress without training."
+            hint = " Milliseconds need --latency-table FILE here, and points are for flora compress without training."
         raise InputError(f"{text!r} is no budget; write macs=50% (of the dense model), macs=2.7G or params=12M.{hint}")
 
     def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
@@ -79,6 +91,10 @@ class Budget(Limit):
 
     def describe(self, amount: int) -> str:
         return f"{amount:,} {WORDS[self.kind]}"
+
+    @property
+    def counts(self) -> str:
+        return self.kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +117,12 @@ class LatencyBudget(Limit):
     def layer_cost(self, layer: LayerShape, rank: Rank) -> int:
         return self.latency.layer_ns(layer.name, rank)
 
-    def cheapest(self, space: SearchSpace, cost: ModelCost) -> dict[str, Rank]:
-        """Of each layer the fastest choice, which need not be the lowest rank."""
-
-        def ns(name: str) -> Callable[[Rank], int]:
-            return lambda rank: self.latency.layer_ns(name, rank)
-
-        return {name: min(choices, key=ns(name)) for name, choices in space.choices.items()}
-
     def describe(self, amount: int) -> str:
         return f"{amount / NANOSECONDS:.3g} ms at batch {self.latency.batch}"
+
+    @property
+    def counts(self) -> str:
+        return f"latency at batch {self.latency.batch} by the table {self.latency.digest}"
 
 
 def latency_parts(text: str) -> tuple[float, str, int]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from flora.artifact import Document, new_file
 from flora.errors import InputError
-from flora.ranks.budget import Budget, CostKind
+from flora.ranks.budget import CostKind, Limit
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.race import Evaluate, race
 from flora.ranks.sampling import BudgetSampler
@@ -116,7 +116,8 @@ class _StateFile(Document):
     """The JSON part of a state file; ranks are listed in the order of `layers`."""
 
     settings: SearchSettings
-    budget: Budget
+    budget: str
+    limit: int
     images: int
     digest: str
     generation: int
@@ -133,11 +134,13 @@ class SearchState:
 
     `evaluated` holds every config met, `parents` the places in it of the best ones, best first, and `parent_scores`
     their scores on all images, [parents, images]. `image_forwards` counts what was spent. `exhausted`: the search ended
-    early, because no config within the budget was left to find. `digest` is that of the space and the cost.
+    early, because no config within the budget was left to find. `budget` is as the user writes it, and `limit` what it
+    comes to; `digest` is that of the space, the cost, and what the budget counts.
     """
 
     settings: SearchSettings
-    budget: Budget
+    budget: str
+    limit: int
     images: int
     digest: str
     generation: int = -1
@@ -157,6 +160,7 @@ class SearchState:
         document = _StateFile(
             settings=self.settings,
             budget=self.budget,
+            limit=self.limit,
             images=self.images,
             digest=self.digest,
             generation=self.generation,
@@ -231,7 +235,7 @@ def crossover(a: Mapping[str, Rank], b: Mapping[str, Rank], space: SearchSpace, 
 def evolve(
     space: SearchSpace,
     cost: ModelCost,
-    budget: Budget,
+    budget: Limit,
     evaluate: Evaluate,
     *,
     images: int,
@@ -247,13 +251,14 @@ def evolve(
     search, and for a budget that no subnet meets.
     """
     sampler = BudgetSampler(space, cost, budget, window=settings.window)
-    fresh = SearchState(settings=settings, budget=budget, images=images, digest=_digest(space, cost))
+    digest = _digest(space, cost, budget)
+    fresh = SearchState(settings=settings, budget=budget.text, limit=budget.limit, images=images, digest=digest)
     if state is None:
         state = fresh
     else:
         _check_same(state, fresh)
     while not state.done:
-        state = _next(state, _new_configs(state, space, cost, sampler, initial), cost, evaluate)
+        state = _next(state, _new_configs(state, space, cost, budget, sampler, initial), cost, budget, evaluate)
         on_generation(state)
     return state
 
@@ -278,7 +283,11 @@ def pareto(states: Sequence[SearchState], cost_kind: CostKind) -> list[Evaluated
 
 
 def _next(
-    state: SearchState, configs: Sequence[tuple[dict[str, Rank], Origin]], cost: ModelCost, evaluate: Evaluate
+    state: SearchState,
+    configs: Sequence[tuple[dict[str, Rank], Origin]],
+    cost: ModelCost,
+    budget: Limit,
+    evaluate: Evaluate,
 ) -> SearchState:
     """The state after evaluating `configs` as the next generation."""
     if not configs:
@@ -309,7 +318,8 @@ def _next(
     scores |= {i: one.scores for i, one in enumerate(raced, len(state.evaluated)) if one.images == state.images}
 
     def order(i: int) -> tuple[float, int, tuple[float, ...]]:
-        return -evaluated[i].score, getattr(evaluated[i], state.budget.kind), _by_ranks(evaluated[i].ranks)
+        ranks = evaluated[i].ranks
+        return -evaluated[i].score, budget.cost_of(cost, ranks), _by_ranks(ranks)
 
     parents = tuple(sorted(scores, key=order)[: settings.parents])
     return replace(
@@ -326,12 +336,13 @@ def _new_configs(
     state: SearchState,
     space: SearchSpace,
     cost: ModelCost,
+    budget: Limit,
     sampler: BudgetSampler,
     initial: Sequence[Mapping[str, Rank]],
 ) -> list[tuple[dict[str, Rank], Origin]]:
     """The unseen configs of the next generation, fewer than the population where bounded attempts find no more."""
     settings = state.settings
-    rng = random.Random(f"{settings.seed}/{state.budget.text}/{state.generation + 1}")
+    rng = random.Random(f"{settings.seed}/{state.budget}/{state.generation + 1}")
     parents = [state.evaluated[i].ranks for i in state.parents]
     seen = {tuple(config.ranks.values()) for config in state.evaluated}
     configs: list[tuple[dict[str, Rank], Origin]] = []
@@ -347,14 +358,14 @@ def _new_configs(
     def breed(count: int, origin: Origin, child: Callable[[], Mapping[str, Rank]]) -> None:
         for _ in range(ATTEMPTS * count):
             ranks = child()
-            if sampler.lowest <= state.budget.cost_of(cost, ranks) <= sampler.limit:
+            if sampler.lowest <= budget.cost_of(cost, ranks) <= sampler.limit:
                 count -= add(ranks, origin)
             if not count:
                 return
 
     if not parents:
         for ranks in initial:
-            fits = ranks in space and state.budget.cost_of(cost, ranks) <= sampler.limit
+            fits = ranks in space and budget.cost_of(cost, ranks) <= sampler.limit
             if not (fits and len(configs) < settings.population and add(ranks, "initial")):
                 log.info("an initial config is left out: outside the space or the budget, or there twice")
     else:
@@ -380,21 +391,22 @@ def _check_same(state: SearchState, fresh: SearchState) -> None:
     """Raise `InputError` naming what differs when `state` is of another search than `fresh`."""
 
     def facts(of: SearchState) -> dict[str, object]:
-        return {**asdict(of.settings), "budget": f"{of.budget.text} ({of.budget.limit:,})", "images": of.images}
+        return {**asdict(of.settings), "budget": f"{of.budget} ({of.limit:,})", "images": of.images}
 
     mine, theirs = facts(fresh), facts(state)
     differing = [f"{name} is {theirs[name]}, now {mine[name]}" for name in mine if mine[name] != theirs[name]]
     if state.digest != fresh.digest:
-        differing.append("the search space or the model differs")
+        differing.append("the search space, the model or the latency table differs")
     if differing:
         raise InputError(
             f"The search state is of another search: {'; '.join(differing)}. Give the same again, or start anew."
         )
 
 
-def _digest(space: SearchSpace, cost: ModelCost) -> str:
-    """What a state remembers of the space and the model it was made for."""
-    return hashlib.sha256(json.dumps([space.model_dump(mode="json"), asdict(cost)]).encode()).hexdigest()
+def _digest(space: SearchSpace, cost: ModelCost, budget: Limit) -> str:
+    """What a state remembers of the space and the model it was made for, and of what the budget counts."""
+    facts = [space.model_dump(mode="json"), asdict(cost), budget.counts]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _by_ranks(ranks: Mapping[str, Rank]) -> tuple[float, ...]:

@@ -186,7 +186,7 @@ class LatencyModel:
                 f"The latency table holds no batch {batch} in {precision}, only {few(measured)}. Give one of these, "
                 "or measure another table."
             )
-        self.batch, self.precision = batch, precision
+        self.batch, self.precision, self.digest = batch, precision, table.digest
         self._sites = {
             layer: one
             for one in table.sites

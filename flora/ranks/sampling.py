@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from flora.errors import InputError, near_matches
-from flora.ranks.budget import Budget, check_reachable
+from flora.ranks.budget import Limit, check_reachable
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.space import SearchSpace
 
@@ -60,16 +60,17 @@ class BudgetSampler:
     a draw is repeated until its exact cost lies in the window, `MOST_DRAWS` times at most, and where none does the
     dearest is taken; configs closer to the limit than one bin for each decision come too rarely.
 
-    The limit is lowered to the largest subnet where it lies above. Where no config lies in the window it opens
+    Any limit will do whose costs add up over layers; the cheapest config need not have the lowest ranks. The limit is
+    lowered to the largest subnet where it lies above. Where no config lies in the window it opens
     downwards to the nearest cost that can be reached. `lowest` and `limit` are its ends; no draw costs more than
-    `limit`. `InputError` where the smallest subnet does.
+    `limit`. `InputError` where every config does.
     """
 
     def __init__(
         self,
         space: SearchSpace,
         cost: ModelCost,
-        budget: Budget,
+        budget: Limit,
         *,
         window: float = 0.05,
         weighting: Weighting = "uniform",
@@ -83,7 +84,7 @@ class BudgetSampler:
         self.limit = min(budget.limit, budget.cost_of(cost, space.largest()))
         self.lowest = math.ceil((1 - window) * self.limit)
 
-        smallest = budget.cost_of(cost, space.smallest())
+        smallest = budget.cost_of(cost, budget.cheapest(space, cost))
         self._levels, unit, slack = _levels(space, cost, budget)
         self._tables = _tables(self._levels, self._shares)
         reachable = np.flatnonzero(self._tables[0][: (self.limit - smallest) // unit + 1])
@@ -144,7 +145,7 @@ def _shares(space: SearchSpace, cost: ModelCost, weighting: Weighting) -> list[l
     return [[value / math.fsum(values) for value in values] for values in weights]
 
 
-def _levels(space: SearchSpace, cost: ModelCost, budget: Budget) -> tuple[list[np.ndarray], int, int]:
+def _levels(space: SearchSpace, cost: ModelCost, budget: Limit) -> tuple[list[np.ndarray], int, int]:
     """What each candidate costs above the cheapest of its decision, in units; the unit; how many units are rounding."""
     extras = []
     for layers, candidates in space.decisions():

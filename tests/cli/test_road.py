@@ -95,7 +95,7 @@ def test_search_prints_what_can_be_reached_and_a_row_for_each_budget(worked):
     for row, budget in zip(rows[3:], worked.budgets, strict=True):
         config = json.loads((found / row[-1]).read_text())
         assert config["budget"] == budget
-        assert row[4] == f"{config['score']:.5g}"
+        assert row[5] == f"{config['score']:.5g}"
         assert float(row[2].rstrip("%")) <= float(budget.strip("macs=%"))
     assert out.index("Within reach") < out.index("score (loss)")
     assert f"Wrote the search {found}" in out

@@ -29,11 +29,13 @@ from flora.pipeline.compress import CompressRequest, compress
 from flora.pipeline.export import ExportRequest
 from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings
+from flora.ranks.latency import LatencyModel
 from flora.resume import Job, WorkFolder
 from flora.training.data import TimmImages
 from flora.training.settings import TrainingSettings
 from tests.flora_command import leftovers
 from tests.pipeline.steps import files, taken
+from tests.pipeline.tables import latency_table
 from tests.samples import FAMILIES, GREY, tiny_args, tiny_model
 from tests.worked_example import FASHION, MODEL, WorkedExample
 
@@ -552,3 +554,29 @@ def test_images_to_choose_by_that_another_step_sees_are_refused_at_once(worked, 
     with pytest.raises(InputError, match=rf"images of the selection set .* also in the {role} set"):
         run(worked, tmp_path / "out", request(worked, select_data=getattr(worked, role)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_in_milliseconds_is_searched_for_by_the_table_and_held_against_the_measurement(worked, tmp_path):
+    table = latency_table(worked, tmp_path / "latency.json")
+    asked = request(worked, budget="latency=0.85x", latency_table=tmp_path / "latency.json")
+    run(worked, tmp_path / "bundle", asked)
+    ranks = RankConfig.load(tmp_path / "bundle.work" / "search-latency-0.85x" / "ranks.json")
+    assert ranks.latency_ms <= 0.85 * LatencyModel(table, batch=8).dense_ms
+    note, *_ = load_bundle(tmp_path / "bundle").manifest.notes
+    assert note.startswith("Asked was latency=0.85x. Predicted were 0.")
+    assert run(worked, tmp_path / "bundle", asked) == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("macs=60%", "A latency table serves a budget in milliseconds"),
+        ("latency=0.01x", "below the smallest subnet"),
+        ("drop=1", "points are for flora compress without training"),
+    ],
+)
+def test_a_latency_that_cannot_be_met_is_refused_before_anything_is_written(worked, tmp_path, budget, message):
+    latency_table(worked, tmp_path / "latency.json")
+    with pytest.raises(InputError, match=message):
+        run(worked, tmp_path / "bundle", request(worked, budget=budget, latency_table=tmp_path / "latency.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["latency.json"]

@@ -29,11 +29,13 @@ from flora.pipeline.search import (
 from flora.ranks.budget import Budget
 from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings, SearchState
+from flora.ranks.latency import LatencyModel, LatencyTable
 from flora.resume import SETTINGS
 from flora.training.data import TimmImages
 from flora.training.evaluate import evaluate
 from flora.training.selection import SelectionImages, log_probabilities
 from tests.flora_command import leftovers
+from tests.pipeline.tables import latency_table
 from tests.samples import GREY
 from tests.worked_example import WorkedExample
 
@@ -60,7 +62,7 @@ def searched(worked: WorkedExample, tmp_path_factory: pytest.TempPathFactory) ->
     states: dict[str, SearchState] = {}
     outcome = search(
         *(worked.trained, folder, request(worked)),
-        on_generation=lambda state: states.update({state.budget.text: state}),
+        on_generation=lambda state: states.update({state.budget: state}),
     )
     return Searched(outcome=outcome, states=states, folder=folder)
 
@@ -83,6 +85,64 @@ def test_a_stopped_search_does_not_go_on_with_its_images_in_another_order(worked
     (images / "3" / "13.png").rename(images / "3" / "2.png")
     with pytest.raises(InputError, match=r"other settings \(selection.*--restart"):
         search(worked.trained, tmp_path / "found", asked)
+
+
+# Budgets of latency
+
+
+def test_ranks_for_a_latency_keep_it_by_the_table_and_name_their_pivoted_layers(worked, tmp_path):
+    table = latency_table(worked, tmp_path / "latency.json", pivots="qkv")
+    asked = request(worked, budgets=("latency=0.85x", "macs=70%"), latency_table=tmp_path / "latency.json")
+    outcome = search(worked.trained, tmp_path / "found", asked)
+    config, latency = load_supernet(worked.trained).config, LatencyModel(table, batch=8)
+    found = outcome.configs["latency=0.85x"]
+    assert found.ranks in config.space
+    assert found.latency_ms == pytest.approx(latency.ms(found.ranks))
+    assert found.latency_ms <= 0.85 * latency.dense_ms
+    assert found.pivoted == latency.pivoted(found.ranks)
+    assert found.pivoted
+    assert found.macs == config.cost.macs(found.ranks, found.pivoted)
+    other = outcome.configs["macs=70%"]
+    assert (other.latency_ms, other.pivoted) == (None, ())
+    compact = compact_from_supernet(load_supernet(worked.trained), found)
+    assert compact.config.pivoted == found.pivoted
+
+
+def test_a_stopped_search_goes_on_by_the_same_table_alone(worked, tmp_path):
+    file = tmp_path / "latency.json"
+    latency_table(worked, file)
+    asked = request(worked, budgets=("latency=0.85x",), latency_table=file)
+    with pytest.raises(KeyboardInterrupt):
+        search(worked.trained, tmp_path / "found", asked, on_generation=interrupt)
+    latency_table(worked, file, pivots="qkv")
+    with pytest.raises(InputError, match=r"other settings \(table.*--restart"):
+        search(worked.trained, tmp_path / "found", asked)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "has_table", "message"),
+    [
+        (("latency=0.8x",), False, "Milliseconds need --latency-table FILE"),
+        (("macs=70%",), True, r"A latency table serves a budget such as latency=0\.6x; macs=70% is none"),
+        (("latency=0.8x@b4",), True, "no batch 4 in fp32"),
+        (("latency=0.01x",), True, "below the smallest subnet"),
+        (("drop=1",), False, "points are for flora compress without training"),
+    ],
+)
+def test_a_latency_that_cannot_be_searched_for_is_refused_at_once(worked, tmp_path, budgets, has_table, message):
+    latency_table(worked, tmp_path / "latency.json")
+    table = tmp_path / "latency.json" if has_table else None
+    with pytest.raises(InputError, match=message):
+        search(worked.trained, tmp_path / "found", request(worked, budgets=budgets, latency_table=table))
+    assert [path.name for path in tmp_path.iterdir()] == ["latency.json"]
+
+
+def test_a_table_of_another_version_of_its_runtime_is_refused(worked, tmp_path):
+    table = latency_table(worked, tmp_path / "latency.json")
+    facts = table.model_dump(exclude={"digest"}) | {"runtime": table.runtime | {"onnxruntime": "0.1"}}
+    LatencyTable(**facts).save(tmp_path / "old.json")
+    with pytest.raises(InputError, match=r"onnxruntime: 0\.1, here"):
+        plan_search(load_supernet(worked.trained), ("latency=0.8x",), tmp_path / "old.json")
 
 
 # What is written
@@ -260,7 +320,7 @@ def test_interrupted_after_a_generation_and_resumed_equals_uninterrupted(worked,
     noted: list[tuple[str, int]] = []
 
     def note(state: SearchState) -> None:
-        noted.append((state.budget.text, state.generation))
+        noted.append((state.budget, state.generation))
         if len(noted) == stop:
             raise KeyboardInterrupt
 
@@ -322,7 +382,7 @@ def test_a_state_that_was_put_there_from_another_search_is_refused(worked, tmp_p
             search(source, tmp_path / name, request(worked), on_generation=interrupt)
     state = f"search-{budget_slug(worked.budgets[0])}.npz"
     (tmp_path / "theirs.work" / state).replace(tmp_path / "mine.work" / state)
-    with pytest.raises(InputError, match="the search space or the model differs"):
+    with pytest.raises(InputError, match="the search space, the model or the latency table differs"):
         search(worked.trained, tmp_path / "mine", request(worked))
     assert not (tmp_path / "mine").exists()
 

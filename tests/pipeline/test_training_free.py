@@ -17,12 +17,10 @@ from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import MODEL_WEIGHTS, load_model, load_model_folder, load_supernet
 from flora.lowrank.supernet import active_ranks
-from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import chosen_ranks
 from flora.pipeline.compensate import compensate_job
 from flora.pipeline.export import ExportRequest
-from flora.pipeline.latency import LatencyRequest
 from flora.pipeline.sensitivity import (
     SENSITIVITY,
     SensitivityReport,
@@ -32,15 +30,15 @@ from flora.pipeline.sensitivity import (
 )
 from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
 from flora.pipeline.verify import verify_bundle
-from flora.provenance import device_facts
 from flora.ranks.budget import LatencyBudget
 from flora.ranks.config import RankConfig
-from flora.ranks.latency import LatencyModel, LatencyTable, ModelLatency, Site, SiteLatency
+from flora.ranks.latency import LatencyModel
 from flora.resume import SETTINGS
 from flora.training.data import TimmImages
 from flora.training.selection import SelectionImages, divergences, log_probabilities
 from tests.flora_command import leftovers
 from tests.pipeline.steps import files, taken
+from tests.pipeline.tables import latency_table
 from tests.samples import GREY, cost_of
 from tests.worked_example import FASHION, WorkedExample
 
@@ -275,42 +273,6 @@ def test_what_a_step_would_refuse_is_refused_before_anything_is_written(worked, 
 def test_a_factorized_model_is_refused(worked, whole, tmp_path):
     with pytest.raises(InputError, match="factorized already"):
         compress_training_free(load_model_folder(whole.out / "model"), tmp_path / "bundle", request(worked))
-
-
-def latency_table(worked: WorkedExample, file: Path, *, pivots: str | None = None) -> LatencyTable:
-    """A table for this device on which `fc1` is never faster factorized, and all else in proportion to its MACs.
-
-    The layers that are called `pivots` are fastest in pivoted form.
-    """
-    model = load_model(str(worked.dense))
-    shapes = trace_cost(model.module, find_targets(model.module, LAYERS), GREY.input_size).shapes
-    sites = []
-    for name, shape in shapes.items():
-        site = Site(in_features=shape.in_features, out_features=shape.out_features, tokens=shape.tokens)
-        top, dense_ms = shape.break_even_rank, shape.dense_weights / 1e5
-        slower = 2.0 if name.endswith("fc1") else 0.0
-        times = tuple(dense_ms * (slower + rank / top) for rank in (1, top))
-        common = {"site": site, "layers": (name,), "batch": 8, "precision": "fp32", "spread": 0.01}
-        if pivots is not None and name.endswith(pivots):
-            common |= {"pivoted_ranks": (1, shape.full_rank - 1), "pivoted_ms": (0.1 * dense_ms, 0.3 * dense_ms)}
-        sites.append(SiteLatency(dense_ms=dense_ms, ranks=(1, top), ms=times, **common))
-    sums = {"dense": sum(one.dense_ms for one in sites), "low": sum(one.at(1) for one in sites)}
-    ranks = {"dense": {}, "low": dict.fromkeys(shapes, 1)}
-    models = [
-        ModelLatency(name=name, ranks=ranks[name], batch=8, precision="fp32", ms=0.1 + total)
-        for name, total in sums.items()
-    ]
-    table = LatencyTable(
-        model=model.config.model,
-        device=device_facts(),
-        runtime=LatencyRequest(layers=LAYERS, threads=1).runtime_facts,
-        clocks={},
-        sites=tuple(sites),
-        models=tuple(models),
-        created="now",
-    )
-    table.save(file)
-    return table
 
 
 def test_budgets_of_time_choose_on_a_coarser_grid_than_budgets_of_macs_from_the_same_supernet(worked):

@@ -14,6 +14,7 @@ from flora.ranks.budget import Budget
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.evolution import SearchSettings, SearchState, best, crossover, evolve, mutate, pareto
 from flora.ranks.space import SearchSpace, space_from_multiples, space_from_ratios
+from tests.ranks.jagged import jagged_budget
 from tests.samples import cost_of
 
 COST = cost_of(*[(16, 48, 5), (16, 64, 5), (64, 16, 5)] * 3)
@@ -181,6 +182,32 @@ def test_the_best_is_that_of_brute_force(text: str, halving: bool):
     assert found.ranks == max(fitting, key=lambda ranks: scorer([ranks], 0, IMAGES)[0].mean())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_within_a_latency_that_does_not_rise_with_the_rank_the_best_is_that_of_brute_force(seed: int):
+    scorer, budget = Scorer(TOY, seed=seed), jagged_budget(TOY, 0.7, seed)
+    costs = {tuple(ranks.values()): budget.cost_of(TOY, ranks) for ranks in _all_configs(TOY_SPACE)}
+    assert min(costs, key=costs.__getitem__) != tuple(TOY_SPACE.smallest().values())
+    fitting = [
+        ranks for ranks in _all_configs(TOY_SPACE) if 0.7 * budget.limit <= costs[tuple(ranks.values())] <= budget.limit
+    ]
+    state = _search(TOY_SPACE, scorer, budget, settings=SearchSettings(window=0.3, seed=seed))
+    assert all(costs[tuple(one.ranks.values())] <= budget.limit for one in state.evaluated)
+    assert best(state).ranks == max(fitting, key=lambda ranks: scorer([ranks], 0, IMAGES)[0].mean())
+
+
+def test_a_search_by_latency_goes_on_to_the_bit_and_only_by_the_same_table(tmp_path: Path):
+    budget = jagged_budget(COST, 0.6)
+    whole = _search(budget=budget)
+    kept: list[SearchState] = []
+    _search(budget=budget, settings=replace(SMALL, generations=2), on_generation=kept.append)
+    kept[-1].save(tmp_path / "state")
+    stopped = replace(SearchState.load(tmp_path / "state"), settings=SMALL)
+    assert _content(_search(budget=budget, state=stopped), tmp_path) == _content(whole, tmp_path)
+    other = replace(jagged_budget(COST, 0.6, seed=1), limit=budget.limit)
+    with pytest.raises(InputError, match="the latency table differs"):
+        _search(budget=other, state=whole)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_it_beats_as_many_random_draws(seed: int):
     settings, budget = replace(SMALL, generations=8, seed=seed), Budget.parse("macs=60%", DEEP)
@@ -321,9 +348,9 @@ def test_a_state_of_another_search_is_refused_with_what_differs():
         _search(state=state, budget=Budget.parse("macs=70%", COST))
     with pytest.raises(InputError, match=rf"images is {IMAGES}, now 100\."):
         _search(state=state, images=100)
-    with pytest.raises(InputError, match="space or the model differs"):
+    with pytest.raises(InputError, match="space, the model or the latency table differs"):
         _search(_filtered(SPACE, 20), state=state)
-    with pytest.raises(InputError, match="space or the model differs"):
+    with pytest.raises(InputError, match="space, the model or the latency table differs"):
         evolve(SPACE, replace(COST, fixed_macs=999), BUDGET, Scorer(), images=IMAGES, settings=SMALL, state=state)
 
 
@@ -401,7 +428,7 @@ def test_between_equal_scores_the_cheaper_and_then_the_first_by_ranks_is_best():
 
 def test_a_search_that_has_not_begun_has_no_best():
     with pytest.raises(InputError, match="nothing yet"):
-        best(SearchState(settings=SMALL, budget=BUDGET, images=IMAGES, digest=""))
+        best(SearchState(settings=SMALL, budget=BUDGET.text, limit=BUDGET.limit, images=IMAGES, digest=""))
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])

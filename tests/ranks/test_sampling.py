@@ -16,6 +16,7 @@ from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.paper import paper_flops
 from flora.ranks.sampling import BudgetSampler, Sampler, sandwich
 from flora.ranks.space import GRIDS, SearchSpace, space_from_multiples, space_from_ratios
+from tests.ranks.jagged import jagged_budget
 from tests.samples import cost_of
 
 DEIT_B = cost_of(*[(768, 2304, 197), (768, 3072, 197), (3072, 768, 197)] * 12)
@@ -146,6 +147,24 @@ def test_draws_in_a_window_have_the_conditional_distribution(weighting, filtered
     assert len(weights) > 5
     rng = random.Random(4)
     _check_frequencies(lambda: sampler.sample(rng), weights, 3000)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_draws_by_latency_lie_in_the_window_though_the_lowest_ranks_are_not_the_fastest(seed: int):
+    space = _filtered(_space(TOY), 12, seed) if seed % 2 else _space(TOY)
+    budget = jagged_budget(TOY, 0.75, seed)
+    costs = sorted(budget.cost_of(TOY, ranks) for ranks in _configs(space))
+    assert budget.cost_of(TOY, budget.cheapest(space, TOY)) == costs[0]
+    sampler = BudgetSampler(space, TOY, budget, window=0.1)
+    rounding = len(space.decisions()) * (costs[-1] - costs[0]) // 60_000
+    below = max(c for c in costs if c <= budget.limit - rounding)
+    rng = random.Random(seed)
+    for _ in range(50):
+        drawn = sampler.sample(rng)
+        assert drawn in space
+        assert min(below, 0.9 * budget.limit) - rounding <= budget.cost_of(TOY, drawn) <= budget.limit
+    with pytest.raises(InputError, match="below the smallest subnet"):
+        BudgetSampler(space, TOY, replace(budget, limit=costs[0] - 1))
 
 
 @pytest.mark.parametrize("seed", range(20))
