@@ -103,7 +103,7 @@ def memory_child() -> None:
     settings = Preprocessing(input_size=(3, 224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images" / "all"
-        write_noise_images(images)
+        write_noise_images(images, CALIBRATION_IMAGES)
         model = LoadedModel(module=module, config=ModelConfig(model=VIT_L, preprocessing=settings))
         supernet = build(model, Path(folder) / "supernet", data=str(images.parent), batch_size=CALIBRATION_IMAGES)
         compact_from_supernet(supernet, chosen_ranks(supernet, macs="50%"))
@@ -119,13 +119,14 @@ def memory_now(field: str) -> int:
     raise SystemExit("This benchmark reads /proc/self/status, which Linux has.")
 
 
-def write_noise_images(folder: Path) -> None:
+def write_noise_images(folder: Path, count: int, *, seed: int = 0) -> None:
+    """Files of 224 px; other images for another seed."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True)
-    draw = np.random.default_rng(0)
-    for index in range(CALIBRATION_IMAGES):
+    draw = np.random.default_rng(seed)
+    for index in range(count):
         pixels = draw.integers(0, 256, (224, 224, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("paper_counts", "factorization", "compress", "latency", "families", "overhead")
+BENCHMARKS = ("paper_counts", "factorization", "latency", "families", "overhead", "compress_cost")
 # Hours of training, in arms that resume: only by name.
-LONG = ("paper_road",)
+LONG = ("compress", "paper_road")
 
 
 def main() -> None:
