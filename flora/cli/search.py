@@ -19,6 +19,7 @@ from flora.cli.options import (
     torch_device,
     workers_option,
 )
+from flora.ranks.budget import LATENCY
 from flora.ranks.evolution import SearchSettings
 
 
@@ -104,6 +105,8 @@ def command(
     same command goes on from the last finished generation; finished, it does nothing. Under torchrun the candidates
     are spread over the processes, with the same result.
     """
+    if latency_table is None and (timed := [text for text in budgets if text.startswith(LATENCY)]):
+        raise click.UsageError(f"--budget {timed[0]} needs --latency-table FILE: flora latency-table MODEL -o FILE.")
     set_threads(threads)
     from flora.cli.output import millions, print_json, print_next, print_table, progress, say_when_done
     from flora.lowrank.checkpoint import load_supernet
@@ -138,7 +141,10 @@ def command(
     cost = plan.cost
     if is_main() and not as_json:
         print_table(
-            ["subnet", "MACs", "of dense", "parameters", "of dense"],
+            [
+                *("subnet", "MACs", "of dense", "parameters", "of dense"),
+                *(f"predicted, ms at batch {batch}" for batch in plan.latencies),
+            ],
             [
                 [
                     name,
@@ -146,6 +152,7 @@ def command(
                     f"{cost.macs(ranks) / cost.dense_macs:.1%}",
                     millions(cost.params(ranks)),
                     f"{cost.params(ranks) / cost.dense_params:.1%}",
+                    *(f"{latency.ms(ranks):.3g}" for latency in plan.latencies.values()),
                 ]
                 for name, ranks in plan.subnets.items()
             ],
@@ -179,14 +186,18 @@ def command(
         )
         return
     print_table(
-        ["budget", "MACs", "of dense", "parameters", "predicted, ms", f"score ({fitness})", "file"],
+        [
+            *("budget", "MACs", "of dense", "parameters"),
+            *(["predicted, ms"] if plan.latencies else []),
+            *(f"score ({fitness})", "file"),
+        ],
         [
             [
                 text,
                 millions(config.macs),
                 f"{(config.macs or 0) / cost.dense_macs:.1%}",
                 millions(config.params),
-                "-" if config.latency_ms is None else f"{config.latency_ms:.3g}",
+                *([f"{config.latency_ms:.3g}" if config.latency_ms else "-"] if plan.latencies else []),
                 f"{config.score:.5g}",
                 outcome.files[text],
             ]

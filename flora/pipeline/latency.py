@@ -17,7 +17,7 @@ from export.latency import settled_ms
 from export.onnx import onnx_from_module
 from export.runtimes import ORT_CPU, TORCH, TORCH_CUDA, runtime_called, runtime_version
 from flora.artifact import Document
-from flora.errors import FloraError, InputError
+from flora.errors import BackendMissingError, FloraError, InputError
 from flora.lowrank.checkpoint import LoadedModel
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.job import OnStart
@@ -78,13 +78,16 @@ class LatencyRequest:
 def load_table(file: Path, model: str, cost: ModelCost, request: LatencyRequest | None = None) -> LatencyTable:
     """The table in `file`; `InputError` unless it is of this model and device, and of the runtime of `request`.
 
-    Without a request it must be of the runtime, in the version that is installed here, that it names itself.
+    Without a request it must be of the runtime that it names itself, in the version that is installed here; its threads
+    are as many as it says.
     """
     table = LatencyTable.load(file)
     if request is None:
-        facts = table.runtime
-        request = LatencyRequest(layers=(), runtime=facts.get("runtime", ""), threads=int(facts.get("threads", 1)))
-    table.check(model=model, layers=cost.shapes, device=request.device_facts, runtime=request.runtime_facts)
+        request = LatencyRequest(layers=(), runtime=table.runtime.get("runtime", ""))
+        runtime = request.runtime_facts | {"threads": table.runtime.get("threads", "")}
+    else:
+        runtime = request.runtime_facts
+    table.check(model=model, layers=cost.shapes, device=request.device_facts, runtime=runtime)
     return table
 
 
@@ -130,6 +133,8 @@ def measure_latency(
             **runtime,
         }
     )
+    if request.runtime == TORCH_CUDA and not torch.cuda.is_available():
+        raise BackendMissingError("torch finds no GPU here; measure for the runtime torch, or on another machine.")
     if request.runtime in (TORCH, TORCH_CUDA) and torch.get_num_threads() != request.threads:
         raise InputError(
             f"torch runs {torch.get_num_threads()} threads, the table is to be for {request.threads}; set them by "

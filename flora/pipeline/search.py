@@ -23,7 +23,7 @@ from flora.ranks.budget import LATENCY, Budget, LatencyBudget, Limit, check_reac
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.evolution import Evaluated, SearchSettings, SearchState, best, evolve, pareto
-from flora.ranks.latency import LatencyTable
+from flora.ranks.latency import LatencyModel, LatencyTable
 from flora.ranks.space import SearchSpace
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
@@ -37,7 +37,7 @@ STARTS = 8
 
 
 class ParetoPoint(BaseModel):
-    """A config that no other one found beats in both MACs and score."""
+    """A config that no other one found beats in both MACs and score; its layers count as two factors, never pivoted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,12 +104,16 @@ class SearchOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What can be reached, before anything is spent: smallest, middle and largest subnet, and the budgets."""
+    """What can be reached, before anything is spent: smallest, middle and largest subnet, and the budgets.
+
+    `latencies` predict, by batch size, for the budgets of latency; each has its fastest subnet among the others.
+    """
 
     subnets: dict[str, dict[str, Rank]]
     budgets: tuple[Limit, ...]
     cost: ModelCost
     table: LatencyTable | None
+    latencies: dict[int, LatencyModel]
 
 
 def plan_search(supernet: LoadedSupernet, budgets: Sequence[str], latency_table: Path | None = None) -> Plan:
@@ -129,11 +133,14 @@ def plan_search(supernet: LoadedSupernet, budgets: Sequence[str], latency_table:
         raise InputError(f"A budget is given twice: {', '.join(budgets)}.")
     for budget in parsed:
         check_reachable(budget, space, cost)
+    timed = {budget.latency.batch: budget for budget in parsed if isinstance(budget, LatencyBudget)}
+    fastest = {f"fastest at batch {batch}": budget.cheapest(space, cost) for batch, budget in timed.items()}
     return Plan(
-        subnets=subnets_within_reach(space, cost),
+        subnets=subnets_within_reach(space, cost) | fastest,
         budgets=parsed,
         cost=cost,
         table=table,
+        latencies={batch: budget.latency for batch, budget in timed.items()},
     )
 
 

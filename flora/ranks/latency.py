@@ -193,6 +193,7 @@ class LatencyModel:
             if (one.batch, one.precision) == (batch, precision)
             for layer in one.layers
         }
+        self._layer_ns: dict[tuple[str, Rank], int] = {}
         self.measured = [one for one in table.models if (one.batch, one.precision) == (batch, precision)]
         self.fixed_ms, self.scale = self._fit(self.measured)
 
@@ -216,8 +217,11 @@ class LatencyModel:
 
     def layer_ns(self, name: str, rank: Rank) -> int:
         """What a layer contributes at `rank` in its fastest form, in whole nanoseconds, so that sums are exact."""
-        site = self._sites[name]
-        return round(NANOSECONDS * self.scale * site.materialized(rank, pivoted=site.pivots(rank)))
+        if (name, rank) not in self._layer_ns:
+            site = self._sites[name]
+            ms = site.materialized(rank, pivoted=site.pivots(rank))
+            self._layer_ns[name, rank] = round(NANOSECONDS * self.scale * ms)
+        return self._layer_ns[name, rank]
 
     def pivoted(self, ranks: Mapping[str, Rank]) -> tuple[str, ...]:
         """The layers whose pivoted form is the fastest one."""

@@ -15,8 +15,10 @@ import pytest
 from flora.artifact import sha256_of_file
 from flora.cli.output import StepProgress
 from flora.lowrank.checkpoint import load_model_folder, load_supernet
+from flora.ranks.latency import LatencyModel
 from flora.resume import Job, WorkFolder
 from tests.flora_command import Outcome, assert_refused, flora, leftovers, start_flora
+from tests.pipeline.tables import latency_table
 from tests.worked_example import EPOCHS, GENERATIONS, WorkedExample
 
 PATIENCE_S = 120
@@ -86,6 +88,22 @@ def test_train_prints_a_row_for_each_epoch(worked):
     assert f"Wrote the model {worked.trained}" in worked.outcomes["train"].out
 
 
+def test_search_by_latency_says_what_is_fastest_and_what_it_predicts(worked, tmp_path):
+    table = latency_table(worked, tmp_path / "latency.json")
+    command = ("search", worked.trained, "--select-data", worked.selection, *GENERATIONS, "-o", tmp_path / "found")
+    budgets = ("--budget", "latency=0.85x", "--budget", "macs=70%", "--latency-table", tmp_path / "latency.json")
+    outcome = flora(*command, *budgets)
+    assert outcome.code == 0, outcome
+    rows = {row[0]: row for row in table_rows(outcome.out)}
+    dense_ms = LatencyModel(table, batch=8).dense_ms
+    assert float(rows["fastest at batch 8"][5]) <= float(rows["smallest"][5]) <= dense_ms
+    assert float(rows["latency=0.85x"][4]) <= 0.85 * dense_ms * 1.005
+    assert rows["macs=70%"][4] == "-"
+    refused = flora(*command, "--budget", "latency=0.85x")
+    assert refused.code == 2, refused
+    assert "needs --latency-table FILE" in refused.message
+
+
 def test_search_prints_what_can_be_reached_and_a_row_for_each_budget(worked):
     found = worked.found
     out = worked.outcomes["search"].out
@@ -95,7 +113,7 @@ def test_search_prints_what_can_be_reached_and_a_row_for_each_budget(worked):
     for row, budget in zip(rows[3:], worked.budgets, strict=True):
         config = json.loads((found / row[-1]).read_text())
         assert config["budget"] == budget
-        assert row[5] == f"{config['score']:.5g}"
+        assert row[4] == f"{config['score']:.5g}"
         assert float(row[2].rstrip("%")) <= float(budget.strip("macs=%"))
     assert out.index("Within reach") < out.index("score (loss)")
     assert f"Wrote the search {found}" in out

@@ -151,6 +151,13 @@ def test_torch_must_run_the_threads_that_the_table_is_for(model, tmp_path):
         measure_latency(model, tmp_path / "latency.json", replace(REQUEST, runtime="torch", threads=9))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_torch_on_a_gpu_that_is_not_there_is_refused_before_anything_is_written(model, tmp_path):
+    with pytest.raises(BackendMissingError, match="torch finds no GPU here"):
+        measure_latency(model, tmp_path / "latency.json", replace(REQUEST, runtime="torch-cuda"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("form", ["dense", "factors", "pivoted"])
 def test_torch_times_what_the_graphs_hold(model, tmp_path, precision, form):
