@@ -173,11 +173,12 @@ def command(
     from flora.cli.output import StepProgress
     from flora.cli.verification import print_bundle, print_family
     from flora.lowrank.checkpoint import load_model
-    from flora.pipeline.compress import CompressRequest, compress
+    from flora.pipeline.compress import CompressRequest, compress, refuse_early
     from flora.pipeline.export import ExportRequest
     from flora.pipeline.family import budgets_of_family, compress_family
     from flora.pipeline.job import folder_of_steps
     from flora.pipeline.training_free import compress_training_free
+    from flora.pipeline.training_free import refuse_early as refuse_early_training_free
     from flora.training.processes import is_main, processes
 
     where = torch_device(device)
@@ -228,6 +229,11 @@ def command(
 
     with StepProgress(hidden=as_json or not is_main()) as shown:
         if family:
+            for request in requests.values():  # all of them before the first takes its time
+                if isinstance(request, CompressRequest):
+                    refuse_early(loaded, request)
+                else:
+                    refuse_early_training_free(loaded, request)
             members, bundles = compress_family(loaded.config.model, budgets, out, run)
         else:
             bundles = [run(budgets[0], out)]

@@ -59,6 +59,14 @@ def test_a_folder_that_is_no_family_is_not_touched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_budget_out_of_reach_is_refused_before_the_first_bundle(worked, tmp_path):
+    command = ("compress", worked.dense, "--calib-data", worked.calibration, "--threads", 1, "-o", tmp_path / "family")
+    outcome = flora(*command, "--family", "70%,1%")
+    assert outcome.code == 1, outcome
+    assert "The budget macs=1%" in outcome.message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_family_comes_from_one_supernet_and_is_done_once(worked, tmp_path):
     out = tmp_path / "family"
     command = (
