@@ -19,7 +19,7 @@ from results import arm, exactly, finish, read_arm
 from road import judge
 from road.arms import ABLATIONS, ROAD, Workshop, dense_arm, evaluated, road_arm, uniform_arm, yardstick_arm
 from road.dense import DEFAULT_ROOT, prepare
-from road.inheritance import inheritance_arm
+from road.inheritance import BUDGET, inheritance_arm
 from road.models import HERE, RoadModel, road_models
 from road.released import released_arm
 from road.search_cost import search_cost_arm
@@ -27,11 +27,10 @@ from road.step_cost import step_cost_arm
 from timm.layers import set_fused_attn
 
 from flora.lowrank.checkpoint import load_model_folder
+from flora.ranks.cost import Rank
 
 NAME = "paper_road"
 COMPACT = HERE / "compact"
-# A budget at which the untrained loss shows, for the comparison of starts.
-INHERITANCE = ("fashion7", 25)
 SEARCHED = ("fashion7", 15)
 FASTEST = "fashion7"
 # Points by which half precision may move a kept model's top-1.
@@ -59,12 +58,12 @@ def arms(models: dict[str, RoadModel], runs: Path) -> Iterator[tuple[str, Callab
             if model.name == FASTEST:
                 for ablation, variant in ABLATIONS.items():
                     yield f"{name}-{ablation}", run(partial(road_arm, shop, variant, (model.hardest,)))
-    for seed in range(models[INHERITANCE[0]].seeds):
-        shop = Workshop(model=models[INHERITANCE[0]], seed=seed, runs=runs)
+    for seed in range(models[FASTEST].seeds):
+        shop = Workshop(model=models[FASTEST], seed=seed, runs=runs)
         for method in ("activation", "svd"):
             yield (
                 f"inheritance-{seed}-{method}",
-                lambda shop=shop, method=method: inheritance_arm(shop, method, INHERITANCE[1], _yardstick(shop)),
+                lambda shop=shop, method=method: inheritance_arm(shop, method, _ranks(shop), _yardstick(shop)),
             )
     for seed in range(models[SEARCHED[0]].seeds):
         shop = Workshop(model=models[SEARCHED[0]], seed=seed, runs=runs)
@@ -92,6 +91,14 @@ def check(models: dict[str, RoadModel]) -> int:
         differing += abs(top1 - noted) > KEPT_POINTS
         print(f"{folder.name}: {top1:.2f} %, noted {noted:.2f}", flush=True)
     return differing
+
+
+def _ranks(shop: Workshop) -> dict[str, Rank]:
+    """The ranks that the road of the same seed has found."""
+    road = read_arm(NAME, f"{shop.model.name}-{shop.seed}-road")
+    if road is None:
+        raise _AbsentError
+    return road["budgets"][str(BUDGET)]["ranks"]
 
 
 def _yardstick(shop: Workshop) -> torch.nn.Module:

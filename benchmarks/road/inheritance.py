@@ -8,13 +8,18 @@ from road.arms import Workshop
 from torch import nn
 
 from flora.lowrank.checkpoint import load_supernet
-from flora.pipeline.compact import chosen_ranks, compact_from_supernet
+from flora.pipeline.compact import compact_from_supernet
+from flora.ranks.config import RankConfig
+from flora.ranks.cost import Rank
 from flora.training.augmentation import AugmentedImages
 from flora.training.data import TimmImages
 from flora.training.processes import accelerator
 from flora.training.selection import SelectionImages
 from flora.training.train import Teacher, Trainer
 
+# Of the road's budgets the one whose ranks are fixed here: low enough for the untrained loss to show, and not too low to
+# come back from.
+BUDGET = 20
 EVERY_STEPS = 200
 POINTS = 0.3
 HITS = 3
@@ -27,13 +32,13 @@ class _Enough(Exception):
     """The yardstick was reached often enough in a row."""
 
 
-def inheritance_arm(shop: Workshop, method: str, budget: int, yardstick: nn.Module) -> dict[str, Any]:
-    """Fine-tune uniform ranks for `budget` from the start `method`; selection top-1 every 200 steps.
+def inheritance_arm(shop: Workshop, method: str, ranks: dict[str, Rank], yardstick: nn.Module) -> dict[str, Any]:
+    """Fine-tune a model of these ranks from the start `method`; selection top-1 every 200 steps.
 
     `steps` is the first of three hits in a row within 0.3 points of the yardstick, or the last step without them.
     """
     supernet = load_supernet(shop.supernet(method))
-    start = compact_from_supernet(supernet, chosen_ranks(supernet, macs=f"{budget}%"))
+    start = compact_from_supernet(supernet, RankConfig(model=supernet.config.model, ranks=ranks))
     preprocessing = start.config.preprocessing
     selection = SelectionImages(TimmImages(shop.model.select, preprocessing))
     target = _top1(yardstick, selection) - POINTS
@@ -48,7 +53,7 @@ def inheritance_arm(shop: Workshop, method: str, budget: int, yardstick: nn.Modu
         if len(curve) > HITS and all(top1 >= target for _, top1 in curve[-HITS:]):
             raise _Enough
 
-    state_file = shop.folder / f"inheritance-{method}-{budget}.pt"
+    state_file = shop.folder / f"inheritance-{method}.pt"
     state_file.unlink(missing_ok=True)  # of a run that was stopped, whose curve is lost
     trainer = Trainer(
         start.module,

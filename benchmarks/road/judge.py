@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from results import Bar, at_least, at_most
 from road.arms import ABLATIONS, right_of
+from road.inheritance import BUDGET
 from road.models import RoadModel
 
 RESAMPLES = 1000
@@ -105,7 +106,7 @@ def _inheritance(results: Mapping[str, Any], rows: list[Row], bars: list[Bar]) -
         return
     for method, line in zip(("activation", "svd"), zip(*pairs, strict=True), strict=True):
         text = ", ".join(f"{one['steps']}{'+' if one['censored'] else ''}" for one in line)
-        rows.append([f"steps to the yardstick, {method}", "fashion7", "20 %", text, "", ""])
+        rows.append([f"steps to the yardstick, {method}", "fashion7", f"{BUDGET} %", text, "", ""])
     ratio = sum(ours["steps"] for ours, _ in pairs) / sum(svd["steps"] for _, svd in pairs)
     bars.append(at_most("steps to the yardstick, activation-aware over plain SVD", ratio, 1 / 3))
 
