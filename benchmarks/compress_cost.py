@@ -1,8 +1,8 @@
 """What `flora compress` costs at the size of DeiT: minutes from weights to a verified bundle, by step, and memory.
 
 The command as a user types it, with 128 calibration and 64 evaluation images at 224 px. Weights are random and images
-noise, on which time does not depend. torch takes all cores, and the latency table is of one thread, as flora measures it
-unless told otherwise. The bars are for two cores. Seconds mean little on a machine that does other work: this needs a quiet one.
+noise, on which time does not depend. torch takes all cores, and the latency table is of one thread, as flora measures
+it unless told otherwise; the bars are for two cores. Seconds mean little on a machine that does other work.
 Each arm keeps its result; with --resume the command goes on.
 """
 

@@ -17,8 +17,7 @@ from flora.training.processes import accelerator
 from flora.training.selection import SelectionImages
 from flora.training.train import Teacher, Trainer
 
-# Of the road's budgets the one whose ranks are fixed here: low enough for the untrained loss to show, and not too low to
-# come back from.
+# The road's budget whose ranks are fixed here: low enough for the untrained loss to show, not too low to come back.
 BUDGET = 20
 EVERY_STEPS = 200
 POINTS = 0.3
