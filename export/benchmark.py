@@ -6,11 +6,11 @@ compared is the median of the ratios within repeats, not the ratio of two median
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from export.runners import Runner
 from flora.errors import InputError
 
 
@@ -28,18 +28,18 @@ class LatencyStats(BaseModel):
 
 
 def paired_latency(
-    runners: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    runners: Mapping[str, Runner],
     images: np.ndarray,
     *,
     repeats: int = 30,
     warmup: int = 3,
 ) -> dict[str, LatencyStats]:
-    """Time each runner on `images` [B, C, H, W]; the first one is what the others are compared with."""
+    """Time each runner on `images` [B, C, H, W], which on a GPU lie there already; the first is compared with."""
     if not runners or len(images) == 0:
         raise InputError(f"Nothing to time: {len(runners)} runners and {len(images)} images; give one of each.")
     if repeats < 1 or warmup < 0:
         raise InputError(f"At least 1 repeat and 0 warm-up rounds are needed, got {repeats} and {warmup}.")
-    calls = [partial(runner, images) for runner in runners.values()]
+    calls = [runner.bind(images) for runner in runners.values()]
     times_ms = interleaved_ms(calls, repeats=repeats, warmup=warmup)
     ratios = times_ms / times_ms[0]
     return {

@@ -47,8 +47,8 @@ def settled_ms(calls: Sequence[Callable[[], object]], *, what: str) -> Settled:
             return settled
     raise FloraError(
         f"The device is too busy to measure {what}: after {times_ms.shape[1]} repeats a median is still uncertain by "
-        f"{max(settled.spreads):.0%}, allowed are {MOST_SPREAD:.0%}. Stop what else runs here, pin the process to a "
-        "processor that is free, or give fewer --threads; the same command goes on where it was stopped."
+        f"{max(settled.spreads):.0%}, allowed are {MOST_SPREAD:.0%}. Stop what else runs here, or pin the process to "
+        "a free processor; then the same command goes on where it was stopped. Fewer --threads are disturbed less."
     )
 
 

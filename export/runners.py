@@ -17,6 +17,9 @@ from flora.errors import BackendMissingError, InputError
 CPU = "CPUExecutionProvider"
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 FATAL_ONLY = 4
+CUDA = "CUDAExecutionProvider"
+# FP32 is what is said, so it is what is computed: without this, products on a GPU are rounded to 10 bits.
+PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}
 
 
 class Runner(Protocol):
@@ -105,7 +108,11 @@ def _session(path: Path, threads: int | None, providers: list[str]):
         )
     failures = onnxruntime.capi.onnxruntime_pybind11_state
     try:
-        return onnxruntime.InferenceSession(path, options, providers=providers)
+        return onnxruntime.InferenceSession(
+            path,
+            options,
+            providers=[(name, PROVIDER_OPTIONS[name]) if name in PROVIDER_OPTIONS else name for name in providers],
+        )
     except (
         failures.Fail,
         failures.InvalidArgument,

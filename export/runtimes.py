@@ -4,10 +4,8 @@ import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.runners import CPU, OnnxRunner, OpenVinoRunner, Runner
+from export.runners import CPU, CUDA, OnnxRunner, OpenVinoRunner, Runner
 from flora.errors import BackendMissingError, InputError, near_matches
-
-CUDA = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True, kw_only=True)

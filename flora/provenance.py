@@ -65,12 +65,16 @@ def clocks() -> dict[str, str]:
 
 
 def _asked_of_gpu(fields: str) -> list[str]:
-    """What nvidia-smi says of the first GPU, in the order of `fields`."""
+    """What nvidia-smi says of the first GPU that this process sees, in the order of `fields`."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    query = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+    query = [tool, *(["-i", visible] if visible else []), f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return []
     first = answer.stdout.partition("\n")[0] if answer.returncode == 0 else ""
     return [part.strip() for part in first.split(",") if part.strip()]
 

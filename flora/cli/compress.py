@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import torch
 
     from export.bundle import Bundle
-    from flora.lowrank.checkpoint import LoadedModel
     from flora.pipeline.compress import CompressRequest
     from flora.pipeline.export import ExportRequest
     from flora.pipeline.training_free import TrainingFreeRequest
@@ -54,9 +53,9 @@ if TYPE_CHECKING:
 @click.option(
     "--budget",
     metavar="BUDGET",
-    help="macs=45% of the dense model, macs=2.7G or params=12M; latency=0.6x or latency=12ms, at batch 8 or, with @b1, "
-    "at another; training-free also drop=0.5: the fastest ranks that lose at most half a point on the selection "
-    "images, before the factors are fitted again.",
+    help="macs=45% of the dense model, macs=2.7G or params=12M; latency=0.6x or latency=12ms of one thread "
+    "(or --threads), at batch 8 or, with @b1, at another; training-free also drop=0.5: the fastest ranks that lose at "
+    "most half a point on the selection images, before the factors are fitted again.",
 )
 @click.option(
     "--family",
@@ -170,14 +169,19 @@ def command(
     set_threads(threads)
     is_supernet = method == "supernet"
     _reject_options(context, is_supernet)
+    from export.bundle import MANIFEST
+    from flora.artifact import check_replaceable
     from flora.cli.output import StepProgress
+    from flora.cli.plan import print_plans
     from flora.cli.verification import print_bundle, print_family
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.compress import CompressRequest, compress, refuse_early
     from flora.pipeline.export import ExportRequest
-    from flora.pipeline.family import budgets_of_family, compress_family
+    from flora.pipeline.family import FAMILY, budgets_of_family, compress_family, needs_table
     from flora.pipeline.job import folder_of_steps
-    from flora.pipeline.training_free import compress_training_free
+    from flora.pipeline.plan import plan_of
+    from flora.pipeline.timed import check_budget
+    from flora.pipeline.training_free import TrainingFreeRequest, compress_training_free
     from flora.pipeline.training_free import refuse_early as refuse_early_training_free
     from flora.training.processes import is_main, processes
 
@@ -192,15 +196,30 @@ def command(
         command=("flora", *sys.argv[1:]),
     )
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
-    budgets = budgets_of_family(family) if family else (cast(str, budget),)
-    requests = {
-        one: _supernet_request(context.params, one, export, where, training)
-        if is_supernet
-        else _training_free_request(context.params, one, export, where)
-        for one in budgets
-    }
+    budgets = budgets_of_family(family) if family is not None else (cast(str, budget),)
+    if family is not None and latency_table is not None and not any(map(needs_table, budgets)):
+        raise click.UsageError(f"--latency-table serves budgets such as latency=0.6x; {family} has none.")
+    requests = {}
+    for one in budgets:
+        serves = family is None or needs_table(one)
+        params = context.params | {"latency_table": latency_table if serves else None}
+        requests[one] = (
+            _supernet_request(params, one, export, where, training)
+            if is_supernet
+            else _training_free_request(params, one, export, where)
+        )
+
+    def check_early(request: CompressRequest | TrainingFreeRequest) -> None:
+        if isinstance(request, CompressRequest):
+            refuse_early(loaded, request)
+        else:
+            refuse_early_training_free(loaded, request)
+
     if dry_run:
-        _print_plan(loaded, requests, as_json=as_json)
+        check_replaceable(out, marker=MANIFEST if family is None else FAMILY)
+        check_early(next(iter(requests.values())))
+        if is_main():
+            print_plans({one: plan_of(loaded, request) for one, request in requests.items()}, as_json=as_json)
         return
 
     def run(budget: str, bundle: Path) -> "Bundle":
@@ -211,9 +230,9 @@ def command(
                 )
 
         # Factorizing uses up the module; the steps lie beside the family, for all its members.
-        own = replace(loaded, module=copy.deepcopy(loaded.module)) if family else loaded
+        own = replace(loaded, module=copy.deepcopy(loaded.module)) if family is not None else loaded
         steps, request = folder_of_steps(out), requests[budget]
-        if family:
+        if family is not None:
             shown.on_line(f"budget {budget}")
         if isinstance(request, CompressRequest):
             return compress(
@@ -228,19 +247,16 @@ def command(
         )
 
     with StepProgress(hidden=as_json or not is_main()) as shown:
-        if family:
+        if family is not None:
             for request in requests.values():  # all of them before the first takes its time
-                if isinstance(request, CompressRequest):
-                    refuse_early(loaded, request)
-                else:
-                    refuse_early_training_free(loaded, request)
+                check_budget(loaded, request)
             members, bundles = compress_family(loaded.config.model, budgets, out, run)
         else:
             bundles = [run(budgets[0], out)]
     if not is_main():
         return
     data_to_verify = eval_data or "IMAGES"
-    if family:
+    if family is not None:
         print_family(members, bundles, out, data_to_verify, as_json=as_json)
         return
     print_bundle(
@@ -280,45 +296,6 @@ def _supernet_request(
         device=device,
         **{name: params[name] for name in (*names, "teacher_checkpoint", "workers", "restart")},
     )
-
-
-def _print_plan(
-    model: "LoadedModel", requests: "dict[str, CompressRequest | TrainingFreeRequest]", *, as_json: bool
-) -> None:
-    """The plan of the first budget, after all have been checked: the others differ in the export alone."""
-    from flora.cli.output import millions, print_json, print_table
-    from flora.pipeline.plan import plan_supernet, plan_training_free
-    from flora.pipeline.training_free import TrainingFreeRequest
-
-    plans = [
-        plan_training_free(model, request)
-        if isinstance(request, TrainingFreeRequest)
-        else plan_supernet(model, request)
-        for request in requests.values()
-    ]
-    plan = plans[0]
-    dense_macs, dense_params = plan.reach["dense"]
-    if as_json:
-        print_json({"budgets": list(requests), **asdict(plan), "seconds": plan.seconds})
-        return
-    print_table(
-        ["within reach", "MACs", "of dense", "parameters", "of dense"],
-        [
-            [name, millions(macs), f"{macs / dense_macs:.1%}", millions(params), f"{params / dense_params:.1%}"]
-            for name, (macs, params) in plan.reach.items()
-        ],
-    )
-    print_table(
-        ["step", "images", "about"],
-        [
-            [step.what, "-" if step.images is None else f"{step.images:,}", f"{step.seconds / 60:.1f} min"]
-            for step in plan.steps
-        ],
-        title=f"About {plan.seconds / 60:.1f} minutes in all, reading images not counted",
-    )
-    if len(requests) > 1:
-        print("Each further budget takes the steps again that depend on it; the supernet and its probes serve all.")
-    print("Nothing was written. Leave out --dry-run to begin.")
 
 
 def _reject_options(context: click.Context, is_supernet: bool) -> None:

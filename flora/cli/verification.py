@@ -50,7 +50,7 @@ def print_family(family: "Family", bundles: list[Bundle], out: Path, images: str
                 ]
                 for member in family.members
             ],
-            title="Latency: over the dense model on the same runtime. Pareto: no other one is better in both",
+            title="Latency: over the dense model. Pareto: nothing is as accurate and as fast, and better in one",
         )
         for bundle in bundles:
             print(f"{bundle.folder}:")

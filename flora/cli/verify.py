@@ -11,12 +11,16 @@ from flora.cli.options import IMAGES_HELP, json_option, max_drop_option, threads
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", metavar="IMAGES", help=f"Labelled images to measure accuracy on: {IMAGES_HELP}.")
 @max_drop_option(None, "that of the export")
+@click.option("--runtime", metavar="RUNTIME", help="Run on ort-cpu, ort-cuda or openvino instead.")
 @threads_option
 @json_option
-def command(bundle: Path, data: str | None, max_drop: float | None, threads: int | None, as_json: bool) -> None:
+def command(
+    bundle: Path, data: str | None, max_drop: float | None, runtime: str | None, threads: int | None, as_json: bool
+) -> None:
     """Check BUNDLE here: the hash of every file, the golden outputs, and with --data the accuracy.
 
-    Runs the ONNX files on ONNX Runtime and needs no torch. Exit code 3 when anything is not as it was exported.
+    Runs the ONNX files on the runtime that they were exported for and needs no torch. Exit code 3 when anything is not
+    as it was exported.
     """
     if max_drop is not None and not data:
         raise click.UsageError("--max-drop judges accuracy, which needs --data IMAGES.")
@@ -25,7 +29,7 @@ def command(bundle: Path, data: str | None, max_drop: float | None, threads: int
     from flora.errors import GateFailedError
     from flora.pipeline.verify import verify_bundle
 
-    check = verify_bundle(bundle, data=data, max_drop=max_drop, threads=threads)
+    check = verify_bundle(bundle, data=data, max_drop=max_drop, threads=threads, runtime=runtime)
     manifest = check.bundle.manifest
     if as_json:
         print_json(

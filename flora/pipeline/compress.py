@@ -32,10 +32,16 @@ from flora.pipeline.images import (
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.latency import LatencyRequest
 from flora.pipeline.search import SearchRequest, budget_slug, search, subnets_within_reach
-from flora.pipeline.timed import asks_for_drop, latency_request, refuse_needless_table, table_here, timed_export
+from flora.pipeline.timed import (
+    asks_for_drop,
+    check_budget,
+    check_latency,
+    latency_request,
+    table_here,
+    timed_export,
+)
 from flora.pipeline.train import TrainRequest, check_training, train
 from flora.preprocessing import Preprocessing
-from flora.ranks.budget import Budget, LatencyBudget, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
 from flora.ranks.evolution import SearchSettings
@@ -94,6 +100,10 @@ class CompressRequest:
         calibration = self.calib_data or at_most(training, CALIBRATION_IMAGES)
         return calibration, selection, training
 
+    def space_of(self, cost: ModelCost) -> SearchSpace:
+        """What ranks are chosen from, before filtering."""
+        return space_from_text(self.space, cost)
+
     @property
     def latency(self) -> LatencyRequest | None:
         """The measurement that a budget in milliseconds goes by; None for another budget."""
@@ -136,7 +146,7 @@ def compress(
     table, table_file = None, request.latency_table
     if request.latency is not None:
         table, table_file = table_here(model, cost, table_file, request.latency, steps, on_step)
-        check_reachable(LatencyBudget.parse(request.budget, table), space_from_text(request.space, cost), cost)
+        check_latency(request.budget, table, request.latency, request.space_of(cost), cost)
     _tell_reach(model, request, on_line)
     supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
@@ -207,6 +217,9 @@ def compress(
         on_start=begins("filtering candidates", trained, found, tuned),
         on_block=lambda scores: on_line(f"filtering candidates: {scores.block}"),
     )
+    if table is not None and request.latency is not None:
+        # Of each block filtering keeps the candidate of the fewest MACs, which need not be the fastest.
+        check_latency(request.budget, table, request.latency, kept.config.space, cost)
     on_line(f"space after filtering: {_extent(kept.config.space, kept.config.cost)}")
     train_step(filtered, trained, request.settings.epochs, "training the supernet", found, tuned)
     search(
@@ -261,16 +274,10 @@ def _extent(space: SearchSpace, cost: ModelCost) -> str:
 
 def refuse_early(model: LoadedModel, request: CompressRequest) -> ModelCost:
     """The model's cost; `InputError` for what a step would refuse after hours: budget, engines, images, training."""
-    if model.config.ranks:
-        raise InputError(f"{model.folder} is factorized already; compress the dense model.")
-    preprocessing, classes = model.config.preprocessing, cast(int, model.module.num_classes)
-    cost = trace_cost(model.module, find_targets(model.module, request.layers), preprocessing.input_size)
-    space = space_from_text(request.space, cost)
+    cost, preprocessing = check_budget(model, request), model.config.preprocessing
+    classes, space = cast(int, model.module.num_classes), request.space_of(cost)
     for index in range(len(space.blocks)):
         space.block_candidates(index)
-    if request.latency is None:
-        check_reachable(Budget.parse(request.budget, cost), space, cost)
-    refuse_needless_table(request.latency_table, request.budget, request.latency)
     kept_count(request.share, 1)
     request.export.engine_specs()
     calibration, selection, training = (TimmImages(text, preprocessing) for text in request.image_sets)

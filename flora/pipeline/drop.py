@@ -10,7 +10,7 @@ from torch import nn
 
 from flora.artifact import check_replaceable, new_folder
 from flora.lowrank.checkpoint import RANK_CONFIG, content_digest, load_supernet
-from flora.pipeline.images import identity, open_images
+from flora.pipeline.images import identity, labels_are_classes, open_images
 from flora.pipeline.job import OnStart
 from flora.pipeline.sensitivity import SensitivityReport, additive_model, allocated_config
 from flora.ranks.budget import LatencyBudget, drop_parts
@@ -66,7 +66,11 @@ def ranks_within_drop(
     if done:
         return RankConfig.load(out / RANK_CONFIG)
     module, dense = supernet.module.to(device), supernet.load_dense().module.to(device)
-    fitness: Fitness = "top1" if _are_labels(images, cast(int, dense.num_classes)) else "agreement"
+    fitness: Fitness = (
+        "top1"
+        if labels_are_classes(open_images(select_data, config.preprocessing), cast(int, dense.num_classes))
+        else "agreement"
+    )
     what = {"top1": "top-1", "agreement": "agreement"}[fitness]
     selection = SelectionImages(images)
     scores = SubnetScores(module, selection, fitness=fitness, dense=dense)
@@ -104,12 +108,6 @@ def ranks_within_drop(
             found.save(folder / RANK_CONFIG)
     wait()
     return found
-
-
-def _are_labels(images: TimmImages, classes: int) -> bool:
-    """Whether the images are labelled with the model's classes: calibration images may lie in any folders."""
-    labels, named = images.labels(), len(getattr(open_images(images.text, images.preprocessing), "class_names", ()))
-    return bool(((labels >= 0) & (labels < classes)).all()) and named in (0, classes)
 
 
 def _right(model: nn.Module, images: SelectionImages) -> int:

@@ -45,10 +45,10 @@ from flora.lowrank.weights import weights_digest
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.pipeline.images import (
     Unlabelled,
-    are_of_classes,
     certified_record,
     check_classes,
     identity,
+    labels_are_classes,
     open_images,
 )
 from flora.pipeline.job import OnStart
@@ -267,7 +267,7 @@ def _images_to_judge_by(request: ExportRequest, source: LoadedModel) -> ImageSet
     assert request.eval_data is not None
     images = open_images(request.eval_data, source.config.preprocessing)
     classes = getattr(source.module, "num_classes", None)
-    if not request.certifies and not are_of_classes(images, classes):
+    if not request.certifies and not labels_are_classes(images, classes):
         return Unlabelled(images)
     check_classes(images, classes)
     return images

@@ -13,6 +13,7 @@ from export.bundle import Bundle
 from flora.artifact import Document, check_replaceable
 from flora.errors import InputError
 from flora.pipeline.search import budget_slug
+from flora.ranks.budget import LATENCY
 from flora.training.processes import is_main, wait
 
 FAMILY = "family.json"
@@ -22,7 +23,8 @@ class FamilyMember(BaseModel):
     """One budget's factorized model as its bundle measured it: `top1` and `agreement` in percent, `latency_ratio` over
     the dense model on the same runtime. `bundle` is relative to the family's folder.
 
-    `is_pareto`: no other member that passed its gate is both more accurate and faster.
+    `is_pareto`: neither the dense model nor another member that passed is at least as accurate and as fast, and better
+    in one of the two.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,16 +46,23 @@ class Family(Document):
 
     kind: Literal["flora family"] = "flora family"
     model: str
+    dense_top1: float | None = None
     budgets: tuple[str, ...]
     members: tuple[FamilyMember, ...] = ()
 
 
 def budgets_of_family(text: str) -> tuple[str, ...]:
     """The budgets meant by `70%,50%,35%` (of the MACs) or `latency=0.8x,latency=0.6x`."""
-    budgets = tuple(part if "=" in part else f"macs={part}" for part in text.split(","))
+    parts = [part.strip() for part in text.split(",")]
+    budgets = tuple(part if "=" in part else f"macs={part}" for part in parts)
     if len(set(budgets)) < max(2, len(budgets)):
         raise InputError(f"{text!r} is no family; give two or more different budgets, such as 70%,50%,35%.")
     return budgets
+
+
+def needs_table(budget: str) -> bool:
+    """Whether the budget goes by a latency table."""
+    return budget.startswith((LATENCY, "drop="))
 
 
 def compress_family(
@@ -64,17 +73,27 @@ def compress_family(
     What `family.json` says of `model` grows with each bundle; stopped, the same call goes on.
     """
     check_replaceable(out, marker=FAMILY)
-    family = Family(model=model, budgets=tuple(budgets))
+    file = out / FAMILY
+    before = Family.load(file) if file.is_file() else Family(model=model, budgets=())
+    known = {member.budget: member for member in before.members if before.model == model}
+    family = Family(model=model, budgets=tuple(budgets), dense_top1=before.dense_top1)
     bundles: list[Bundle] = []
     for budget in (None, *budgets):
         if budget is not None:
             bundles.append(compress(budget, out / budget_slug(budget)))
-            members = [_member(*pair) for pair in zip(budgets, bundles, strict=False)]
-            family = family.model_copy(update={"members": tuple(_with_pareto(members))})
+            known[budget] = _member(budget, bundles[-1])
+            family = family.model_copy(update={"dense_top1": _dense_top1(bundles[-1])})
+        members = [known[one] for one in budgets if one in known]
+        family = family.model_copy(update={"members": tuple(_with_pareto(members, family.dense_top1))})
         if is_main():
-            family.save(out / FAMILY)
+            family.save(file)
         wait()
     return family, bundles
+
+
+def _dense_top1(bundle: Bundle) -> float | None:
+    """Of the first stage, which is the dense model in torch."""
+    return bundle.manifest.verification.stages[0].top1 if bundle.manifest.verification else None
 
 
 def _member(budget: str, bundle: Bundle) -> FamilyMember:
@@ -92,22 +111,22 @@ def _member(budget: str, bundle: Bundle) -> FamilyMember:
         top1=stage.top1,
         agreement=None if lowrank.agreement is None else 100 * lowrank.agreement,
         latency_ratio=manifest.latency[entry.name].ratio,
-        passed=entry.status == "verified",
+        passed=manifest.verification.passed,
     )
 
 
-def _with_pareto(members: Sequence[FamilyMember]) -> list[FamilyMember]:
-    """The members, each told whether another one that passed is at least as accurate and fast, and better in one."""
+def _with_pareto(members: Sequence[FamilyMember], dense_top1: float | None) -> list[FamilyMember]:
+    """The members, each told whether it is on the Pareto front of accuracy and speed."""
 
     def worth(member: FamilyMember) -> tuple[float, float]:
         accuracy = member.agreement if member.top1 is None else member.top1
         return (accuracy or 0.0, -member.latency_ratio)
 
-    def beats(one: FamilyMember, other: FamilyMember) -> bool:
-        return worth(one) != worth(other) and all(a >= b for a, b in zip(worth(one), worth(other), strict=True))
+    def is_beaten(own: tuple[float, float]) -> bool:
+        return any(own != other and all(a >= b for a, b in zip(other, own, strict=True)) for other in rivals)
 
-    passed = [member for member in members if member.passed]
+    dense = (100.0 if dense_top1 is None else dense_top1, -1.0)
+    rivals = [dense, *(worth(member) for member in members if member.passed)]
     return [
-        member.model_copy(update={"is_pareto": member.passed and not any(beats(one, member) for one in passed)})
-        for member in members
+        member.model_copy(update={"is_pareto": member.passed and not is_beaten(worth(member))}) for member in members
     ]

@@ -46,6 +46,15 @@ def are_of_classes(images: ImageSet, classes: int | None) -> bool:
     return not named or classes is None or named == classes
 
 
+def labels_are_classes(images: ImageSet, classes: int | None) -> bool:
+    """Whether every image is labelled, and with classes of the model: calibration images may lie in any folders."""
+    named = len(getattr(images, "class_names", ()))
+    if named:
+        return are_of_classes(images, classes)
+    labels = images.labels() if hasattr(images, "labels") else None
+    return labels is not None and bool((labels >= 0).all() and (classes is None or (labels < classes).all()))
+
+
 class Unlabelled:
     """An image set whose labels mean nothing to the model."""
 

@@ -36,7 +36,10 @@ RANK_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyRequest:
-    """What to measure: `points` ranks of each shape, at each batch size and precision; at most for `minutes`."""
+    """What to measure: `points` ranks of each shape, at each batch size and precision; at most for `minutes`.
+
+    One that `forgets` throws away what an unfinished measurement with other settings has left.
+    """
 
     layers: tuple[str, ...]
     runtime: str = ORT_CPU
@@ -46,6 +49,7 @@ class LatencyRequest:
     points: int = 8
     minutes: float | None = None
     restart: bool = False
+    forgets: bool = False
 
     def __post_init__(self) -> None:
         allowed = runtime_called(self.runtime).precisions
@@ -141,7 +145,7 @@ def measure_latency(
             "torch.set_num_threads."
         )
     work = WorkFolder.of(out)
-    work.open(job, restart=request.restart)
+    work.open(job, restart=request.restart or (request.forgets and not job.is_in(work.path)))
     dense = work.file(DENSE)
     if not dense.is_file():
         onnx_from_module(model.module, dense, preprocessing=settings, max_batch=max(64, *request.batches))

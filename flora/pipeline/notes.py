@@ -13,8 +13,8 @@ from flora.pipeline.images import MOST_DIGESTS
 from flora.ranks.budget import latency_parts
 from flora.ranks.cost import ModelCost
 
-# What a measured latency may lie above the one that was asked for: that much predictions are off.
-MISSED_BY = 0.05
+# So far predictions may be off, as a share of the measured latency.
+UNCERTAINTY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +24,24 @@ class AskedLatency:
     budget: str
     predicted_ms: float
     dense_ms: float
+    threads: int
 
     def outcome(self, measured: LatencyStats, runner: str) -> str:
         """Whether the exported model takes the time that was asked for; `runner` is what it was measured on."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         said = (
             f"Asked was {self.budget}. Predicted were {self.predicted_ms / self.dense_ms:.3f} of the dense model's "
-            f"time, measured {measured.ratio:.3f} ({measured.median_ms:.3g} ms) at batch {measured.batch_size} for "
-            f"{runner}"
+            f"time ({self.predicted_ms:.3g} ms), measured {measured.ratio:.3f} ({measured.median_ms:.3g} ms) at batch "
+            f"{measured.batch_size} and {threads} for {runner}"
         )
         if self.budget.startswith("drop="):
             return f"{said}."
         amount, unit, _ = latency_parts(self.budget)
         over = (measured.ratio if unit == "x" else measured.median_ms) / amount - 1
-        if over <= MISSED_BY:
+        if over <= 0:
             return f"{said}: the budget is met."
+        if over <= UNCERTAINTY:
+            return f"{said}: the budget is missed by {over:.1%}, which predictions may be off by."
         return f"{said}: the budget is missed by {over:.0%}. If the device was busy, measure again; else ask for less."
 
 
@@ -80,8 +84,8 @@ def notes_on(
 def note_on_few_tokens(layers: list[str]) -> str:
     """That the statistics of `layers` have no full rank."""
     return (
-        f"The calibration images give {few(layers)} fewer tokens than inputs, so parts of these layers were never seen "
-        "in use. Give more calibration images."
+        f"The calibration images give {few(layers)} fewer tokens than inputs, so they show these layers in part "
+        "only. Give more calibration images."
     )
 
 

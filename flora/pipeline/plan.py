@@ -12,15 +12,16 @@ import torch
 
 from flora.imagesets import at_most
 from flora.lowrank.checkpoint import LoadedModel
-from flora.lowrank.targets import find_targets, trace_cost
-from flora.pipeline import compress, training_free
 from flora.pipeline.compensate import COMPENSATION_IMAGES
 from flora.pipeline.compress import FILTER_IMAGES, SEARCH_IMAGES, CompressRequest
+from flora.pipeline.drop import HALVINGS
+from flora.pipeline.notes import layers_with_few_tokens, note_on_few_tokens
 from flora.pipeline.search import subnets_within_reach
+from flora.pipeline.timed import asks_for_drop, check_budget
 from flora.pipeline.training_free import TrainingFreeRequest
 from flora.ranks.cost import ModelCost
 from flora.ranks.filtering import BINS
-from flora.ranks.space import SearchSpace, space_from_text
+from flora.ranks.space import SearchSpace
 from flora.training.data import TimmImages
 from flora.training.filtering import RUNS_PER_BIN
 from flora.training.sensitivity import MOST_PASSES
@@ -31,6 +32,7 @@ SUBNET_STEP = 0.6 * GRADIENT  # a training step of a drawn subnet, whose MACs ar
 HALF = 0.5  # a pass from the middle of the model on, or of a search half of whose configs stop early
 COMPENSATION = 9.0  # fitting all layers again: the weights of tokens, and each block run for each of its layers
 VERIFICATION = 5.0  # the stages of a bundle
+TRIED = HALVINGS + 1.0  # budgets of which a drop is tried
 # Seconds that exporting and loading files takes whatever the model, and those of a group of the latency table.
 EXPORTING, GROUP = 20.0, 8.0
 # Batches that the whole models of the table run.
@@ -49,19 +51,30 @@ class PlannedStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`reach` holds MACs and parameters of the smallest, middle and largest subnet, and of the dense model."""
+    """`reach` holds MACs and parameters of the smallest, middle and largest subnet, and of the dense model.
+
+    `notes` say what the bundle would say of the images.
+    """
 
     reach: dict[str, tuple[int, int]]
     steps: tuple[PlannedStep, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
         return sum(step.seconds for step in self.steps)
 
 
+def plan_of(model: LoadedModel, request: TrainingFreeRequest | CompressRequest) -> Plan:
+    """The plan of either road."""
+    if isinstance(request, TrainingFreeRequest):
+        return plan_training_free(model, request)
+    return plan_supernet(model, request)
+
+
 def plan_training_free(model: LoadedModel, request: TrainingFreeRequest) -> Plan:
-    """The plan of a compression without training; `InputError` for all that it would refuse before it begins."""
-    cost = training_free.refuse_early(model, request)
+    """The plan of a compression without training; `InputError` for a budget that it would refuse."""
+    cost = check_budget(model, request)
     calibration, selection = (_count(model, text) for text in request.image_sets)
     evaluation = _count(model, request.export.judged_by(request.image_sets[1]).eval_data or "")
     pass_s = _seconds_of_a_pass(model, request.device)
@@ -69,20 +82,21 @@ def plan_training_free(model: LoadedModel, request: TrainingFreeRequest) -> Plan
     moments = sum(layer.tokens * layer.in_features**2 for layer in cost.layers) / cost.dense_macs
     fitted = min(calibration, COMPENSATION_IMAGES)
     probes = min(len(cost.layers) * HALF + 1, MOST_PASSES)
+    tried = [PlannedStep(what="trying budgets", images=selection, seconds=selection * TRIED * pass_s)]
     steps = [
         PlannedStep(what="factorizing", images=calibration, seconds=calibration * (GRADIENT + moments) * pass_s),
         PlannedStep(what="probing layers", images=selection, seconds=selection * probes * pass_s),
+        *(tried if asks_for_drop(request.budget) else []),
         PlannedStep(what="compensating", images=fitted, seconds=fitted * (COMPENSATION + 2 * moments) * pass_s),
         _export_step(evaluation, pass_s),
     ]
-    return Plan(reach=_reach(request.space_of(cost), cost), steps=(*_latency_step(request, cost, pass_s), *steps))
+    return _plan(request, cost, calibration, pass_s, steps)
 
 
 def plan_supernet(model: LoadedModel, request: CompressRequest) -> Plan:
-    """The plan of the paper's road; `InputError` for all that it would refuse before it begins."""
-    compress.refuse_early(model, request)
-    cost = trace_cost(model.module, find_targets(model.module, request.layers), model.config.preprocessing.input_size)
-    space = space_from_text(request.space, cost)
+    """The plan of the paper's road; `InputError` for a budget that it would refuse."""
+    cost = check_budget(model, request)
+    space = request.space_of(cost)
     calibration, selection, training = (_count(model, text) for text in request.image_sets)
     evaluation = _count(model, request.export.judged_by(at_most(request.image_sets[1], SEARCH_IMAGES)).eval_data or "")
     filtered, searched = min(selection, FILTER_IMAGES), min(selection, SEARCH_IMAGES)
@@ -110,7 +124,22 @@ def plan_supernet(model: LoadedModel, request: CompressRequest) -> Plan:
         ),
         _export_step(evaluation, pass_s),
     ]
-    return Plan(reach=_reach(space, cost), steps=(*_latency_step(request, cost, pass_s), *steps))
+    return _plan(request, cost, calibration, pass_s, steps)
+
+
+def _plan(
+    request: TrainingFreeRequest | CompressRequest,
+    cost: ModelCost,
+    calibration: int,
+    pass_s: float,
+    steps: list[PlannedStep],
+) -> Plan:
+    lacking = layers_with_few_tokens(cost, calibration)
+    return Plan(
+        reach=_reach(request.space_of(cost), cost),
+        steps=(*_latency_step(request, cost, pass_s), *steps),
+        notes=(note_on_few_tokens(lacking),) if lacking else (),
+    )
 
 
 def _latency_step(

@@ -3,16 +3,19 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from flora.errors import InputError
 from flora.lowrank.checkpoint import LoadedModel
+from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.export import ExportRequest
 from flora.pipeline.latency import LatencyRequest, load_table, measure_latency
 from flora.pipeline.notes import AskedLatency
-from flora.ranks.budget import LATENCY, drop_parts, latency_parts
+from flora.ranks.budget import LATENCY, Budget, LatencyBudget, check_reachable, drop_parts, latency_parts
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
 from flora.ranks.latency import LatencyModel, LatencyTable
+from flora.ranks.space import SearchSpace
 from flora.training.processes import is_main, wait
 
 
@@ -24,7 +27,8 @@ def latency_request(budget: str, layers: tuple[str, ...], export: ExportRequest)
         _, batch = drop_parts(budget)
     else:
         return None
-    return LatencyRequest(layers=layers, runtime=export.runtime, batches=(batch,), threads=export.threads or 1)
+    threads = export.threads or 1
+    return LatencyRequest(layers=layers, runtime=export.runtime, batches=(batch,), threads=threads, forgets=True)
 
 
 def asks_for_drop(budget: str) -> bool:
@@ -32,13 +36,44 @@ def asks_for_drop(budget: str) -> bool:
     return budget.startswith("drop=")
 
 
-def refuse_needless_table(file: Path | None, budget: str, request: LatencyRequest | None) -> None:
-    """Raise `InputError` for a table that the budget has no use for."""
-    if file is not None and request is None:
-        raise InputError(
-            f"A latency table serves a budget in milliseconds or points, such as latency=0.6x or drop=0.5; {budget} is "
-            "none."
-        )
+class BudgetRequest(Protocol):
+    """What a compression is asked for, as far as its budget goes."""
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    @property
+    def budget(self) -> str: ...
+
+    @property
+    def latency_table(self) -> Path | None: ...
+
+    @property
+    def latency(self) -> LatencyRequest | None: ...
+
+    def space_of(self, cost: ModelCost) -> SearchSpace: ...
+
+
+def check_budget(model: LoadedModel, request: BudgetRequest) -> ModelCost:
+    """The model's cost; `InputError` for a budget out of reach, and for a table of elsewhere or that serves nothing.
+
+    A budget of time without a table can be checked only when one is measured (`check_latency`).
+    """
+    if model.config.ranks:
+        raise InputError(f"{model.folder} is factorized already; compress the dense model.")
+    cost = trace_cost(model.module, find_targets(model.module, request.layers), model.config.preprocessing.input_size)
+    space = request.space_of(cost)
+    if request.latency is None:
+        check_reachable(Budget.parse(request.budget, cost), space, cost)
+        if request.latency_table is not None:
+            raise InputError(
+                "A latency table serves a budget in milliseconds or points, such as latency=0.6x or drop=0.5; "
+                f"{request.budget} is none."
+            )
+    elif request.latency_table is not None:
+        table = load_table(request.latency_table, model.config.model, cost, request.latency)
+        check_latency(request.budget, table, request.latency, space, cost)
+    return cost
 
 
 def table_here(
@@ -65,6 +100,16 @@ def table_here(
     return LatencyTable.load(file), file
 
 
+def check_latency(
+    budget: str, table: LatencyTable, request: LatencyRequest, space: SearchSpace, cost: ModelCost
+) -> None:
+    """Raise `InputError` for a budget of time that no subnet of `space` meets, and for a table without its batch."""
+    if asks_for_drop(budget):
+        LatencyModel(table, batch=request.batches[0])
+    else:
+        check_reachable(LatencyBudget.parse(budget, table), space, cost)
+
+
 def timed_export(
     export: ExportRequest, request: LatencyRequest | None, ranks: RankConfig, table: LatencyTable | None
 ) -> ExportRequest:
@@ -78,5 +123,7 @@ def timed_export(
         export,
         batches=(smallest, batch, max(largest, batch)),
         threads=request.threads,
-        asked=AskedLatency(budget=ranks.budget, predicted_ms=ranks.latency_ms, dense_ms=dense_ms),
+        asked=AskedLatency(
+            budget=ranks.budget, predicted_ms=ranks.latency_ms, dense_ms=dense_ms, threads=request.threads
+        ),
     )

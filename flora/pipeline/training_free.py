@@ -16,7 +16,6 @@ from flora.artifact import check_replaceable
 from flora.errors import InputError
 from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import LoadedModel, load_supernet
-from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.compensate import compensate_job
@@ -27,10 +26,15 @@ from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
-from flora.pipeline.timed import asks_for_drop, latency_request, refuse_needless_table, table_here, timed_export
-from flora.ranks.budget import Budget, LatencyBudget, check_reachable
+from flora.pipeline.timed import (
+    asks_for_drop,
+    check_budget,
+    check_latency,
+    latency_request,
+    table_here,
+    timed_export,
+)
 from flora.ranks.cost import ModelCost
-from flora.ranks.latency import LatencyModel
 from flora.ranks.space import SearchSpace, space_from_multiples, space_from_text
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
@@ -115,10 +119,7 @@ def compress_training_free(
     table = None
     if request.latency is not None:
         table, _ = table_here(model, cost, request.latency_table, request.latency, steps, on_step)
-        if asks_for_drop(request.budget):
-            LatencyModel(table, batch=request.latency.batches[0])
-        else:
-            check_reachable(LatencyBudget.parse(request.budget, table), request.space_of(cost), cost)
+        check_latency(request.budget, table, request.latency, request.space_of(cost), cost)
     if is_main():
         model.module.to(request.device)
         build(
@@ -176,14 +177,7 @@ def compress_training_free(
 
 def refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
     """The model's cost; `InputError` for what a later step would refuse after minutes: budget, engines, images."""
-    if model.config.ranks:
-        raise InputError(f"{model.folder} is factorized already; compress the dense model.")
-    preprocessing = model.config.preprocessing
-    cost = trace_cost(model.module, find_targets(model.module, request.layers), preprocessing.input_size)
-    space = request.space_of(cost)
-    if request.latency is None:
-        check_reachable(Budget.parse(request.budget, cost), space, cost)
-    refuse_needless_table(request.latency_table, request.budget, request.latency)
+    cost, preprocessing = check_budget(model, request), model.config.preprocessing
     request.export.engine_specs()
     parts = [TimmImages(text, preprocessing) for text in request.image_sets]
     calibration, selection = (part.record() for part in parts)

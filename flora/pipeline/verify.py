@@ -29,11 +29,16 @@ class BundleCheck:
 
 
 def verify_bundle(
-    folder: Path, *, data: str | None = None, max_drop: float | None = None, threads: int | None = None
+    folder: Path,
+    *,
+    data: str | None = None,
+    max_drop: float | None = None,
+    threads: int | None = None,
+    runtime: str | None = None,
 ) -> BundleCheck:
     """Check the hashes of all files, then run every ONNX file on the golden images, and on `data` if given.
 
-    `max_drop` (points of top-1) takes the place of the one in the manifest.
+    `max_drop` (points of top-1) takes the place of the one in the manifest, `runtime` that of the one exported for.
     A file whose hash is wrong ends the check with a `GateFailedError`: it is not run.
     """
     bundle = load_bundle(folder)
@@ -49,7 +54,7 @@ def verify_bundle(
     with ExitStack() as opened:
         runners = {
             entry.name: opened.enter_context(
-                open_runner(entry.runtime, bundle.path_of(entry), threads=threads, name=entry.name)
+                open_runner(runtime or entry.runtime, bundle.path_of(entry), threads=threads, name=entry.name)
             )
             for entry in runnable
         }

@@ -78,10 +78,14 @@ class Budget(Limit):
             return cls(kind="macs", limit=_limit(amount, cost.dense_macs, given=text, word=WORDS[kind]), text=text)
         if kind == "params":
             return cls(kind="params", limit=_limit(amount, cost.dense_params, given=text, word=WORDS[kind]), text=text)
-        hint = near_matches(kind, WORDS)
-        if kind in ("latency", "drop"):
-            hint = " Milliseconds need --latency-table FILE here, and points are for flora compress without training."
-        raise InputError(f"{text!r} is no budget; write macs=50% (of the dense model), macs=2.7G or params=12M.{hint}")
+        hints = {
+            "latency": " For a latency a search needs --latency-table FILE.",
+            "drop": " Points are for flora compress without training.",
+        }
+        raise InputError(
+            f"{text!r} is no budget here; write macs=50% (of the dense model), macs=2.7G or params=12M, or a budget of "
+            f"time such as latency=0.6x.{hints.get(kind) or near_matches(kind, (*WORDS, *hints))}"
+        )
 
     def cost_of(self, cost: ModelCost, ranks: Mapping[str, Rank]) -> int:
         return cost.macs(ranks) if self.kind == "macs" else cost.params(ranks)

@@ -154,11 +154,10 @@ class LatencyTable(Document):
         """Raise `InputError` naming what differs unless the table is for this model, device and runtime."""
         here = {"model": model, **device, **runtime}
         there = {"model": self.model, **self.device, **self.runtime}
-        differing = [
-            f"{key}: {there.get(key, 'nothing')}, here {here.get(key, 'nothing')}"
-            for key in here | there
-            if here.get(key) != there.get(key)
-        ]
+        keys = [key for key in here | there if here.get(key) != there.get(key)]
+        differing = [f"{key}: {there.get(key, 'nothing')}, here {here.get(key, 'nothing')}" for key in keys]
+        # What a command decides, and no device.
+        same = " ".join(f"--{key} {there[key]}" for key in ("runtime", "threads") if key in keys and key in there)
         known = {name: one.site for one in self.sites for name in one.layers}
         if missing := [name for name in layers if name not in known]:
             differing.append(f"layers without a measurement: {few(missing)}")
@@ -167,7 +166,8 @@ class LatencyTable(Document):
         if differing:
             raise InputError(
                 f"The latency table was measured elsewhere ({'; '.join(differing)}). "
-                "Measure one here: flora latency-table MODEL -o FILE."
+                f"{f'Give {same}, as it was measured, or measure' if same else 'Measure'} one here: "
+                "flora latency-table MODEL -o FILE."
             )
 
     @property

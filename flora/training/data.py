@@ -28,8 +28,12 @@ class TimmImages:
         self.preprocessing = preprocessing
         self.workers = workers
         self._source = _open(self.spec, preprocessing.image_mode)
-        if isinstance(self._source, IterableDataset) and self.spec.limit is not None:
-            raise InputError(f"{text}: a streamed data set takes no limit; use one that is read by index.")
+        is_part = self.spec.limit is not None or self.spec.fold or self.spec.left_out
+        if isinstance(self._source, IterableDataset) and is_part:
+            raise InputError(
+                f"{text}: a streamed data set takes no limit, fold or except; use one that is read by index, or name "
+                "images for each purpose, such as --select-data IMAGES."
+            )
         self._indices = None if isinstance(self._source, IterableDataset) else self.spec.indices(len(self._source))
 
     def __len__(self) -> int:

@@ -232,7 +232,7 @@ def test_an_infeasible_budget_is_refused_with_the_reachable_range(worked, tmp_pa
 REFUSED = [
     (("search", "--budget", "macks=50%"), ("'macks=50%' is no budget", "Did you mean macs?")),
     (("search", "--budget", "parms=12M"), ("Did you mean params?",)),
-    (("search", "--budget", "50%"), ("'50%' is no budget; write macs=50%",)),
+    (("search", "--budget", "50%"), ("'50%' is no budget here; write macs=50%",)),
     (("search", "--budget", "macs=half"), ("'macs=half' is no MACs budget",)),
     (("search", "--budget", "macs=0%"), ("above 0 and at most at 100%",)),
     (("search", "--budget", "macs=60%", "--budget", "macs=60%"), ("A budget is given twice",)),

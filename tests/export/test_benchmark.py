@@ -1,6 +1,7 @@
 """Latency is compared within repeats, in a rotating order, on a clock that the test turns."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ class Clock:
             self.now_ns += round(milliseconds * drift * 1e6)
             return images
 
-        return run
+        return SimpleNamespace(bind=lambda images: lambda: run(images))
 
 
 @pytest.fixture

@@ -567,12 +567,23 @@ def test_a_budget_in_milliseconds_is_searched_for_by_the_table_and_held_against_
     assert run(worked, tmp_path / "bundle", asked) == []
 
 
+def test_a_latency_that_filtering_has_put_out_of_reach_is_refused_before_the_training(worked, tmp_path):
+    """On the table `fc1` is slower factorized, and filtering keeps few of the candidates that leave it dense."""
+    latency_table(worked, tmp_path / "latency.json")
+    asked = request(worked, budget="latency=0.5998x", latency_table=tmp_path / "latency.json")
+    with pytest.raises(InputError, match="below the smallest subnet"):
+        run(worked, tmp_path / "bundle", asked)
+    steps = {path.name for path in (tmp_path / "bundle.work").iterdir()}
+    assert "filtered" in steps
+    assert not any(name.startswith("trained") for name in steps)
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
         ("macs=60%", "A latency table serves a budget in milliseconds"),
         ("latency=0.01x", "below the smallest subnet"),
-        ("drop=1", "points are for flora compress without training"),
+        ("drop=1", "Points are for flora compress without training"),
     ],
 )
 def test_a_latency_that_cannot_be_met_is_refused_before_anything_is_written(worked, tmp_path, budget, message):

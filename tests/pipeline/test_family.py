@@ -1,9 +1,11 @@
 """Families: several budgets from one supernet, and which members are worth their time."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from export.bundle import Bundle
 from flora.errors import InputError
 from flora.pipeline.family import FAMILY, Family, FamilyMember, _with_pareto, budgets_of_family, compress_family
 from tests.flora_command import flora, leftovers
@@ -25,7 +27,7 @@ def member(budget: str, top1: float | None, ratio: float, **changes) -> FamilyMe
 
 
 def test_budgets_are_macs_unless_said():
-    assert budgets_of_family("70%,50%") == ("macs=70%", "macs=50%")
+    assert budgets_of_family("70%, 50%") == ("macs=70%", "macs=50%")
     assert budgets_of_family("latency=0.8x,latency=0.6x@b1") == ("latency=0.8x", "latency=0.6x@b1")
 
 
@@ -42,14 +44,15 @@ def test_a_member_that_another_one_beats_is_not_on_the_pareto_front():
         member("beaten", 80, 0.5),
         member("failed", 95, 0.3, passed=False),
         member("the same", 80, 0.4),
+        member("slower than dense", 90.5, 1.1),
     ]
-    on_front = {one.budget for one in _with_pareto(members) if one.is_pareto}
+    on_front = {one.budget for one in _with_pareto(members, 91.0) if one.is_pareto}
     assert on_front == {"best", "fast", "the same"}
 
 
 def test_without_labels_agreement_decides():
     members = [member("agrees", None, 0.8, agreement=99.0), member("less", None, 0.9, agreement=98.0)]
-    assert [one.is_pareto for one in _with_pareto(members)] == [True, False]
+    assert [one.is_pareto for one in _with_pareto(members, None)] == [True, False]
 
 
 def test_a_folder_that_is_no_family_is_not_touched(tmp_path):
@@ -57,6 +60,36 @@ def test_a_folder_that_is_no_family_is_not_touched(tmp_path):
     with pytest.raises(InputError, match=r"family\.json"):
         compress_family("vit", ("macs=50%", "macs=40%"), tmp_path, lambda budget, bundle: pytest.fail("was begun"))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_family_with_a_failed_gate_says_which_and_keeps_all(worked, tmp_path):
+    images = ("--calib-data", worked.calibration, "--eval-data", f"{worked.images},limit=20", "--threads", 1)
+    out = tmp_path / "family"
+    outcome = flora("compress", worked.dense, *images, "--family", "90%,40%", "--max-drop", 0.01, "-o", out)
+    assert outcome.code == 3, outcome
+    failed = [one.budget for one in Family.load(out / FAMILY).members if not one.passed]
+    assert "macs=40%" in failed
+    assert f"The gate failed for {', '.join(failed)}" in outcome.message
+    assert all((out / one / "manifest.json").is_file() for one in ("macs-90pct", "macs-40pct"))
+
+
+def test_a_stopped_family_keeps_what_it_has_and_goes_on(tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stopped(budget: str, bundle: Path) -> Bundle:
+        raise StoppedError
+
+    found = Family(model="vit", budgets=("macs=70%", "macs=50%"), members=(member("macs=70%", 90, 0.8),))
+    (tmp_path / "family").mkdir()
+    found.save(tmp_path / "family" / FAMILY)
+    with pytest.raises(StoppedError):
+        compress_family("vit", ("macs=70%", "macs=40%"), tmp_path / "family", stopped)
+    kept = Family.load(tmp_path / "family" / FAMILY)
+    assert (kept.budgets, [one.budget for one in kept.members]) == (("macs=70%", "macs=40%"), ["macs=70%"])
+    with pytest.raises(StoppedError):
+        compress_family("another", ("macs=70%", "macs=40%"), tmp_path / "family", stopped)
+    assert Family.load(tmp_path / "family" / FAMILY).members == ()
 
 
 def test_a_budget_out_of_reach_is_refused_before_the_first_bundle(worked, tmp_path):

@@ -122,11 +122,11 @@ def test_a_stopped_search_goes_on_by_the_same_table_alone(worked, tmp_path):
 @pytest.mark.parametrize(
     ("budgets", "has_table", "message"),
     [
-        (("latency=0.8x",), False, "Milliseconds need --latency-table FILE"),
+        (("latency=0.8x",), False, "For a latency a search needs --latency-table FILE"),
         (("macs=70%",), True, r"A latency table serves a budget such as latency=0\.6x; macs=70% is none"),
         (("latency=0.8x@b4",), True, "no batch 4 in fp32"),
         (("latency=0.01x",), True, "below the smallest subnet"),
-        (("drop=1",), False, "points are for flora compress without training"),
+        (("drop=1",), False, "Points are for flora compress without training"),
     ],
 )
 def test_a_latency_that_cannot_be_searched_for_is_refused_at_once(worked, tmp_path, budgets, has_table, message):
