@@ -143,12 +143,16 @@ def token_weights(
     draw = torch.Generator().manual_seed(0)
     with frozen(model):
         for images in batches:
+            # Of a pass the weights alone are kept: all inputs, with their graph, are gone before the next.
             parts = [
-                _with_weights(model, few_images, layers, draw)
+                {
+                    name: weight.detach().cpu().flatten()
+                    for name, (_, weight) in _with_weights(model, few_images, layers, draw).items()
+                }
                 for few_images in images.to(device).split(IMAGES_OF_A_GRADIENT)
             ]
             for name, weights in found.items():
-                weights.append(torch.cat([part[name][1].detach().cpu().flatten() for part in parts]))
+                weights.append(torch.cat([part[name] for part in parts]))
     return found
 
 

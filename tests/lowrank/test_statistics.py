@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from flora.errors import InputError
-from flora.lowrank.statistics import InputStatistics, collect_statistics, layer_groups
+from flora.lowrank.statistics import (
+    InputStatistics,
+    _with_weights,
+    collect_statistics,
+    layer_groups,
+    token_weights,
+)
 from flora.lowrank.targets import find_targets, trace_cost
 from tests.samples import IMAGE, cost_of, random_images, tiny_model
 
@@ -166,3 +172,21 @@ def test_the_weights_do_not_depend_on_the_batch_size():
     for name in layers:
         torch.testing.assert_close(often[name].mean, once[name].mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(often[name].covariance, once[name].covariance, rtol=1e-3, atol=1e-4)
+
+
+def test_weighing_tokens_keeps_the_activations_of_one_gradient_at_a_time(monkeypatch):
+    """All of a batch of 32 would be gigabytes in a large model."""
+    model, alive = tiny_model("vit"), []
+    layers = find_targets(model)
+
+    def watched(*args):
+        assert [inputs for inputs in alive if inputs() is not None] == []
+        found = _with_weights(*args)
+        alive.extend(weakref.ref(inputs) for inputs, _ in found.values())
+        return found
+
+    monkeypatch.setattr("flora.lowrank.statistics._with_weights", watched)
+    weights = token_weights(model, [random_images(6)], layers)
+    assert len(alive) == 3 * len(layers)
+    tokens = trace_cost(model, layers, IMAGE).shapes
+    assert {name: len(one) for name, (one,) in weights.items()} == {name: 6 * tokens[name].tokens for name in layers}
