@@ -66,7 +66,7 @@ def measure_ranges(model: Path, batches: Iterable[np.ndarray], method: str) -> R
     graph = onnx.load(model, load_external_data=False).graph
     seen, low, high = 0, np.inf, -np.inf
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        calibrator = _calibrator(model, method, Path(scratch))
+        calibrator = _calibrator(model, graph, method, Path(scratch))
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         for batch in batches:
             feed = {graph.input[0].name: batch}
@@ -85,14 +85,14 @@ def measure_ranges(model: Path, batches: Iterable[np.ndarray], method: str) -> R
         return Ranges(method=method, images=seen, tensors=calibrator.compute_data())
 
 
-def _calibrator(model: Path, method: str, scratch: Path) -> CalibraterBase:
+def _calibrator(model: Path, graph: Any, method: str, scratch: Path) -> CalibraterBase:
     # Whatever ends a method finds, the file that is made from them has symmetric ranges (`calibrate.static`).
     return create_calibrator(
         Path(model),
         OPERATORS,
         augmented_model_path=str(scratch / f"{method}.onnx"),
         calibrate_method=METHODS[method],
-        use_external_data_format=_has_external_data(model),
+        use_external_data_format=any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer),
         extra_options={"symmetric": method != "entropy"},
     )
 
@@ -101,13 +101,8 @@ def _name_of_broken(model: Path, graph: Any, feed: dict[str, np.ndarray]) -> str
     """The first node whose output is not finite, of those whose ranges are measured."""
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of numpy, about what is looked for here
-        calibrator = _calibrator(model, "min-max", Path(scratch))
+        calibrator = _calibrator(model, graph, "min-max", Path(scratch))
         calibrator.collect_data(_OneBatch(feed))
         found = calibrator.compute_data()
     broken = {name for name, data in found.items() if not np.isfinite(np.ravel(data.range_value)).all()}
     return next((node.name for node in graph.node if broken & set(node.output)), graph.output[0].name)
-
-
-def _has_external_data(model: Path) -> bool:
-    weights = onnx.load(model, load_external_data=False).graph.initializer
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in weights)

@@ -18,8 +18,6 @@ from calibrate.ranges import METHODS, OPERATORS, Ranges
 from flora.artifact import new_file
 from flora.errors import InputError
 
-LARGEST_INLINE_BYTES = int(1.9e9)
-
 
 def quantize_onnx(source: Path, out: Path, ranges: Ranges, *, keep: Collection[str] = ()) -> None:
     """Write the ONNX file `out`: `source` in INT8 by these ranges, but for the nodes called `keep`.

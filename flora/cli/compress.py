@@ -30,6 +30,7 @@ from flora.cli.options import (
     training_options,
     workers_option,
 )
+from flora.ranks.budget import goes_by_table
 from flora.ranks.space import DEFAULT_SPACE
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def command(
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.compress import CompressRequest, compress, refuse_early
     from flora.pipeline.export import ExportRequest
-    from flora.pipeline.family import FAMILY, budgets_of_family, compress_family, needs_table
+    from flora.pipeline.family import FAMILY, budgets_of_family, compress_family
     from flora.pipeline.job import folder_of_steps
     from flora.pipeline.plan import plan_of
     from flora.pipeline.timed import check_budget
@@ -197,11 +198,11 @@ def command(
     )
     loaded = load_model(model, args=parse_model_kwargs(model_kwargs), checkpoint=checkpoint, pretrained=pretrained)
     budgets = budgets_of_family(family) if family is not None else (cast(str, budget),)
-    if family is not None and latency_table is not None and not any(map(needs_table, budgets)):
+    if family is not None and latency_table is not None and not any(map(goes_by_table, budgets)):
         raise click.UsageError(f"--latency-table serves budgets such as latency=0.6x; {family} has none.")
     requests = {}
     for one in budgets:
-        serves = family is None or needs_table(one)
+        serves = family is None or goes_by_table(one)
         params = context.params | {"latency_table": latency_table if serves else None}
         requests[one] = (
             _supernet_request(params, one, export, where, training)

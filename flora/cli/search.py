@@ -19,7 +19,7 @@ from flora.cli.options import (
     torch_device,
     workers_option,
 )
-from flora.ranks.budget import LATENCY
+from flora.ranks.budget import asks_for_latency
 from flora.ranks.evolution import SearchSettings
 
 
@@ -105,7 +105,7 @@ def command(
     same command goes on from the last finished generation; finished, it does nothing. Under torchrun the candidates
     are spread over the processes, with the same result.
     """
-    if latency_table is None and (timed := [text for text in budgets if text.startswith(LATENCY)]):
+    if latency_table is None and (timed := [text for text in budgets if asks_for_latency(text)]):
         raise click.UsageError(f"--budget {timed[0]} needs --latency-table FILE: flora latency-table MODEL -o FILE.")
     set_threads(threads)
     from flora.cli.output import millions, print_json, print_next, print_table, progress, say_when_done

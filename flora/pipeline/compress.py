@@ -22,26 +22,18 @@ from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.export import ExportRequest, export_job
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.images import (
-    certified_record,
-    check_classes,
+    certified_images,
     names_by_digest,
-    open_images,
     refuse_duplicates,
     training_record,
 )
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.latency import LatencyRequest
 from flora.pipeline.search import SearchRequest, budget_slug, search, subnets_within_reach
-from flora.pipeline.timed import (
-    asks_for_drop,
-    check_budget,
-    check_latency,
-    latency_request,
-    table_here,
-    timed_export,
-)
+from flora.pipeline.timed import check_budget, check_latency, latency_request, table_of, timed_export
 from flora.pipeline.train import TrainRequest, check_training, train
 from flora.preprocessing import Preprocessing
+from flora.ranks.budget import asks_for_drop
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
 from flora.ranks.evolution import SearchSettings
@@ -143,10 +135,7 @@ def compress(
     processes(request.device)
     steps = steps or folder_of_steps(out)
     cost = refuse_early(model, request)
-    table, table_file = None, request.latency_table
-    if request.latency is not None:
-        table, table_file = table_here(model, cost, table_file, request.latency, steps, on_step)
-        check_latency(request.budget, table, request.latency, request.space_of(cost), cost)
+    table, table_file = table_of(model, cost, request, steps, on_step)
     _tell_reach(model, request, on_line)
     supernet, filtered, trained = (steps / name for name in ("supernet", "filtered", "trained"))
     found, compact, tuned = (
@@ -294,9 +283,7 @@ def refuse_early(model: LoadedModel, request: CompressRequest) -> ModelCost:
     for other in ("calibration", "training"):
         records["selection"].refuse_overlap(records[other], own_role="selection", other_role=other)
     if request.export.eval_data is not None:
-        evaluation = open_images(request.export.eval_data, preprocessing)
-        check_classes(evaluation, classes)
-        certified_record(evaluation, records)
+        certified_images(request.export.eval_data, preprocessing, classes, records)
     check_fitness(request.fitness, TimmImages(at_most(selection.text, SEARCH_IMAGES), preprocessing), model.module)
     check_training(model, request.training(request.settings.epochs))
     if request.finetune_epochs:

@@ -213,10 +213,15 @@ def export_bundle(
     )
     exported = [compact]
     if dense is not None:
-        yardstick = replace(
-            compact, name="dense", role="yardstick", model=dense, path="onnx/dense-fp32.onnx", module=dense.module
+        yardstick = _Exported(
+            name="dense",
+            runtime=request.runtime,
+            role="yardstick",
+            model=dense,
+            path="onnx/dense-fp32.onnx",
+            module=dense.module,
         )
-        exported.insert(0, replace(yardstick, stages=[]))
+        exported.insert(0, yardstick)
     with new_folder(out, marker=MANIFEST) as folder:
         on_step("writing the compact model")
         save_model(folder / MODEL_FOLDER, source.module, source.config)

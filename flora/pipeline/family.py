@@ -13,7 +13,6 @@ from export.bundle import Bundle
 from flora.artifact import Document, check_replaceable
 from flora.errors import InputError
 from flora.pipeline.search import budget_slug
-from flora.ranks.budget import LATENCY
 from flora.training.processes import is_main, wait
 
 FAMILY = "family.json"
@@ -60,11 +59,6 @@ def budgets_of_family(text: str) -> tuple[str, ...]:
     return budgets
 
 
-def needs_table(budget: str) -> bool:
-    """Whether the budget goes by a latency table."""
-    return budget.startswith((LATENCY, "drop="))
-
-
 def compress_family(
     model: str, budgets: Sequence[str], out: Path, compress: Callable[[str, Path], Bundle]
 ) -> tuple[Family, list[Bundle]]:
@@ -76,18 +70,26 @@ def compress_family(
     file = out / FAMILY
     before = Family.load(file) if file.is_file() else Family(model=model, budgets=())
     known = {member.budget: member for member in before.members if before.model == model}
-    family = Family(model=model, budgets=tuple(budgets), dense_top1=before.dense_top1)
     bundles: list[Bundle] = []
-    for budget in (None, *budgets):
-        if budget is not None:
-            bundles.append(compress(budget, out / budget_slug(budget)))
-            known[budget] = _member(budget, bundles[-1])
-            family = family.model_copy(update={"dense_top1": _dense_top1(bundles[-1])})
-        members = [known[one] for one in budgets if one in known]
-        family = family.model_copy(update={"members": tuple(_with_pareto(members, family.dense_top1))})
+
+    def saved(dense_top1: float | None) -> Family:
+        members = [known[budget] for budget in budgets if budget in known]
+        family = Family(
+            model=model,
+            dense_top1=dense_top1,
+            budgets=tuple(budgets),
+            members=tuple(_with_pareto(members, dense_top1)),
+        )
         if is_main():
             family.save(file)
         wait()
+        return family
+
+    family = saved(before.dense_top1)
+    for budget in budgets:
+        bundles.append(compress(budget, out / budget_slug(budget)))
+        known[budget] = _member(budget, bundles[-1])
+        family = saved(_dense_top1(bundles[-1]))
     return family, bundles
 
 

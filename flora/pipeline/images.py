@@ -32,27 +32,25 @@ def open_images(text: str, preprocessing: Preprocessing) -> ImageSet:
 
 def check_classes(images: ImageSet, classes: int | None) -> None:
     """Refuse labelled images with another number of classes than the model: their labels would mean something else."""
-    if not are_of_classes(images, classes):
-        named = len(getattr(images, "class_names", ()))
+    named = _named_classes(images)
+    if named and classes is not None and named != classes:
         raise InputError(
             f"The images lie in {named} class folders, the model has {classes} classes; "
             "give images of all its classes, as in the data set that it was trained for."
         )
 
 
-def are_of_classes(images: ImageSet, classes: int | None) -> bool:
-    """Whether the images lie in as many class folders as the model has classes, as far as both are known."""
-    named = len(getattr(images, "class_names", ()))
-    return not named or classes is None or named == classes
-
-
 def labels_are_classes(images: ImageSet, classes: int | None) -> bool:
     """Whether every image is labelled, and with classes of the model: calibration images may lie in any folders."""
-    named = len(getattr(images, "class_names", ()))
-    if named:
-        return are_of_classes(images, classes)
+    if named := _named_classes(images):
+        return classes in (None, named)
     labels = images.labels() if hasattr(images, "labels") else None
     return labels is not None and bool((labels >= 0).all() and (classes is None or (labels < classes).all()))
+
+
+def _named_classes(images: ImageSet) -> int:
+    """In how many class folders the images lie; none where they are read through a data set's own labels."""
+    return len(getattr(images, "class_names", ()))
 
 
 class Unlabelled:
@@ -105,6 +103,16 @@ def refuse_duplicates(text: str, held_out: Mapping[str, str], others: Mapping[st
             f"{text} holds {len(twins)} images twice, once among those that are held out to choose by "
             f"({few(twins, 3)}). Remove the duplicates, or give other images to choose by with --select-data."
         )
+
+
+def certified_images(
+    text: str, preprocessing: Preprocessing, classes: int | None, seen: Mapping[Any, ImageSetRecord]
+) -> ImageSet:
+    """The evaluation images `text`; refused unless they show the model's classes and none is in `seen`, by role."""
+    images = open_images(text, preprocessing)
+    check_classes(images, classes)
+    certified_record(images, seen)
+    return images
 
 
 def certified_record(images: ImageSet, seen: Mapping[Any, ImageSetRecord]) -> ImageSetRecord:

@@ -10,7 +10,7 @@ from flora.imagesets import ImageSetRecord
 from flora.lowrank.checkpoint import LoadedModel, ModelConfig
 from flora.lowrank.targets import trace_cost
 from flora.pipeline.images import MOST_DIGESTS
-from flora.ranks.budget import latency_parts
+from flora.ranks.budget import asks_for_drop, latency_parts
 from flora.ranks.cost import ModelCost
 
 # So far predictions may be off, as a share of the measured latency.
@@ -34,7 +34,7 @@ class AskedLatency:
             f"time ({self.predicted_ms:.3g} ms), measured {measured.ratio:.3f} ({measured.median_ms:.3g} ms) at batch "
             f"{measured.batch_size} and {threads} for {runner}"
         )
-        if self.budget.startswith("drop="):
+        if asks_for_drop(self.budget):
             return f"{said}."
         amount, unit, _ = latency_parts(self.budget)
         over = (measured.ratio if unit == "x" else measured.median_ms) / amount - 1

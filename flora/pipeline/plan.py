@@ -5,7 +5,6 @@ is not counted. They are good to a factor of two.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,9 @@ from flora.pipeline.compress import FILTER_IMAGES, SEARCH_IMAGES, CompressReques
 from flora.pipeline.drop import HALVINGS
 from flora.pipeline.notes import layers_with_few_tokens, note_on_few_tokens
 from flora.pipeline.search import subnets_within_reach
-from flora.pipeline.timed import asks_for_drop, check_budget
+from flora.pipeline.timed import check_budget
 from flora.pipeline.training_free import TrainingFreeRequest
+from flora.ranks.budget import asks_for_drop
 from flora.ranks.cost import ModelCost
 from flora.ranks.filtering import BINS
 from flora.ranks.space import SearchSpace
@@ -170,15 +170,13 @@ def _count(model: LoadedModel, text: str) -> int:
 
 
 @torch.inference_mode()
-def _seconds_of_a_pass(
-    model: LoadedModel, device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def _seconds_of_a_pass(model: LoadedModel, device: torch.device) -> float:
     """Seconds that one image takes in a batch, the fastest of some repeats."""
     module = model.module.to(device).eval()
     images = torch.zeros(TIMED_BATCH, *model.config.preprocessing.input_size, device=device)
     times = []
     for _ in range(TIMED_REPEATS + 1):
-        started = clock()
+        started = time.perf_counter()
         module(images).sum().item()  # which waits for the device
-        times.append(clock() - started)
+        times.append(time.perf_counter() - started)
     return min(times[1:]) / TIMED_BATCH

@@ -19,7 +19,7 @@ from flora.pipeline.images import identity
 from flora.pipeline.job import OnStart, begin
 from flora.pipeline.latency import load_table
 from flora.ranks.allocate import Choice, allocate
-from flora.ranks.budget import LATENCY, Budget, LatencyBudget, Limit, check_reachable
+from flora.ranks.budget import Budget, LatencyBudget, Limit, asks_for_latency, check_reachable
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.evolution import Evaluated, SearchSettings, SearchState, best, evolve, pareto
@@ -121,10 +121,10 @@ def plan_search(supernet: LoadedSupernet, budgets: Sequence[str], latency_table:
     config = supernet.config
     space, cost = config.space, config.cost
     table = None if latency_table is None else load_table(latency_table, config.model, cost)
-    if table is not None and not any(text.startswith(LATENCY) for text in budgets):
+    if table is not None and not any(map(asks_for_latency, budgets)):
         raise InputError(f"A latency table serves a budget such as latency=0.6x; {', '.join(budgets)} is none.")
     parsed = tuple(
-        LatencyBudget.parse(text, table) if table and text.startswith(LATENCY) else Budget.parse(text, cost)
+        LatencyBudget.parse(text, table) if table and asks_for_latency(text) else Budget.parse(text, cost)
         for text in budgets
     )
     if not parsed:

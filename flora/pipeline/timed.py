@@ -11,7 +11,15 @@ from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.export import ExportRequest
 from flora.pipeline.latency import LatencyRequest, load_table, measure_latency
 from flora.pipeline.notes import AskedLatency
-from flora.ranks.budget import LATENCY, Budget, LatencyBudget, check_reachable, drop_parts, latency_parts
+from flora.ranks.budget import (
+    Budget,
+    LatencyBudget,
+    asks_for_drop,
+    asks_for_latency,
+    check_reachable,
+    drop_parts,
+    latency_parts,
+)
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost
 from flora.ranks.latency import LatencyModel, LatencyTable
@@ -21,7 +29,7 @@ from flora.training.processes import is_main, wait
 
 def latency_request(budget: str, layers: tuple[str, ...], export: ExportRequest) -> LatencyRequest | None:
     """The measurement that a budget in milliseconds or points goes by; None for another budget."""
-    if budget.startswith(LATENCY):
+    if asks_for_latency(budget):
         _, _, batch = latency_parts(budget)
     elif asks_for_drop(budget):
         _, batch = drop_parts(budget)
@@ -29,11 +37,6 @@ def latency_request(budget: str, layers: tuple[str, ...], export: ExportRequest)
         return None
     threads = export.threads or 1
     return LatencyRequest(layers=layers, runtime=export.runtime, batches=(batch,), threads=threads, forgets=True)
-
-
-def asks_for_drop(budget: str) -> bool:
-    """Whether the budget is one of accuracy: then the fastest model within it is looked for."""
-    return budget.startswith("drop=")
 
 
 class BudgetRequest(Protocol):
@@ -76,28 +79,32 @@ def check_budget(model: LoadedModel, request: BudgetRequest) -> ModelCost:
     return cost
 
 
-def table_here(
-    model: LoadedModel,
-    cost: ModelCost,
-    file: Path | None,
-    request: LatencyRequest,
-    steps: Path,
-    on_step: Callable[[str], None],
-) -> tuple[LatencyTable, Path]:
-    """The table in `file`, or without one a table that is measured and kept among the `steps`; and its file."""
+def table_of(
+    model: LoadedModel, cost: ModelCost, request: BudgetRequest, steps: Path, on_step: Callable[[str], None]
+) -> tuple[LatencyTable | None, Path | None]:
+    """The table that the budget goes by, and its file: the given one, or one that is measured and kept among `steps`.
+
+    None for a budget that goes by none. `InputError` for a budget of time that no subnet meets.
+    """
+    latency = request.latency
+    if latency is None:
+        return None, None
+    file = request.latency_table
     if file is not None:
-        return load_table(file, model.config.model, cost, request), file
-    (batch,) = request.batches
-    file = steps / f"latency-{request.runtime}-b{batch}.json"
+        return load_table(file, model.config.model, cost, latency), file  # which `check_budget` has held against both
+    (batch,) = latency.batches
+    file = steps / f"latency-{latency.runtime}-b{batch}.json"
     if is_main():
         measure_latency(
             model,
             file,
-            request,
+            latency,
             on_group=lambda done, of, what: on_step(f"measuring latency: {done} of {of} groups, {what}"),
         )
     wait()
-    return LatencyTable.load(file), file
+    table = LatencyTable.load(file)
+    check_latency(request.budget, table, latency, request.space_of(cost), cost)
+    return table, file
 
 
 def check_latency(

@@ -21,19 +21,13 @@ from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.compensate import compensate_job
 from flora.pipeline.drop import ranks_within_drop
 from flora.pipeline.export import ExportRequest, export_job
-from flora.pipeline.images import certified_record, check_classes, names_by_digest, open_images, refuse_duplicates
+from flora.pipeline.images import certified_images, names_by_digest, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
-from flora.pipeline.timed import (
-    asks_for_drop,
-    check_budget,
-    check_latency,
-    latency_request,
-    table_here,
-    timed_export,
-)
+from flora.pipeline.timed import check_budget, latency_request, table_of, timed_export
+from flora.ranks.budget import asks_for_drop
 from flora.ranks.cost import ModelCost
 from flora.ranks.space import SearchSpace, space_from_multiples, space_from_text
 from flora.training.data import TimmImages
@@ -116,10 +110,7 @@ def compress_training_free(
     def begins(what: str) -> OnStart:
         return lambda done: None if done else on_step(what)
 
-    table = None
-    if request.latency is not None:
-        table, _ = table_here(model, cost, request.latency_table, request.latency, steps, on_step)
-        check_latency(request.budget, table, request.latency, request.space_of(cost), cost)
+    table, _ = table_of(model, cost, request, steps, on_step)
     if is_main():
         model.module.to(request.device)
         build(
@@ -187,7 +178,6 @@ def refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
         )
     selection.refuse_overlap(calibration, own_role="selection", other_role="calibration")
     if request.export.eval_data is not None:
-        images = open_images(request.export.eval_data, preprocessing)
-        check_classes(images, cast(int, model.module.num_classes))
-        certified_record(images, {"calibration": calibration, "selection": selection})
+        classes, seen = cast(int, model.module.num_classes), {"calibration": calibration, "selection": selection}
+        certified_images(request.export.eval_data, preprocessing, classes, seen)
     return cost

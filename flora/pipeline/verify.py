@@ -9,7 +9,7 @@ from export.runners import Runner
 from export.runtimes import open_runner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
 from flora.errors import GateFailedError
-from flora.pipeline.images import certified_record, check_classes, open_images
+from flora.pipeline.images import certified_images
 
 BATCHES = (1, 8)
 
@@ -45,11 +45,11 @@ def verify_bundle(
     if problems := check_hashes(bundle):
         raise GateFailedError(f"{folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run.")
     manifest = bundle.manifest
-    images = open_images(data, manifest.preprocessing) if data else None
-    if images is not None:
-        check_classes(images, len(manifest.class_names) if manifest.class_names else None)
+    images = None
+    if data:
+        classes = len(manifest.class_names) if manifest.class_names else None
         seen = {role: record for role, record in manifest.image_sets.items() if role != "evaluation"}
-        certified_record(images, seen)
+        images = certified_images(data, manifest.preprocessing, classes, seen)
     runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx"]
     with ExitStack() as opened:
         runners = {

@@ -15,8 +15,6 @@ CostKind = Literal["macs", "params"]
 WORDS = {"macs": "MACs", "params": "parameters"}
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-# How a budget in milliseconds, or in shares of the dense model's, begins.
-LATENCY = "latency="
 # What a budget in milliseconds is timed at where its text names no batch size.
 USUAL_BATCH = 8
 
@@ -127,6 +125,21 @@ class LatencyBudget(Limit):
     @property
     def counts(self) -> str:
         return f"latency at batch {self.latency.batch} by the table {self.latency.digest}"
+
+
+def asks_for_latency(text: str) -> bool:
+    """Whether a budget is one of milliseconds, or of a share of the dense model's."""
+    return text.startswith("latency=")
+
+
+def asks_for_drop(text: str) -> bool:
+    """Whether a budget is one of accuracy: then the fastest model within it is looked for."""
+    return text.startswith("drop=")
+
+
+def goes_by_table(text: str) -> bool:
+    """Whether a budget needs a latency table."""
+    return asks_for_latency(text) or asks_for_drop(text)
 
 
 def latency_parts(text: str) -> tuple[float, str, int]:
