@@ -7,10 +7,10 @@ file, readable by any tool of the same version.
 
 import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from flora.artifact import new_file
 from flora.errors import BackendMissingError, FloraError, InputError, near_matches
@@ -19,6 +19,7 @@ MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "gpu"}
 COMPUTE_CAPABILITIES = {"tensorrt-rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"), "tensorrt": ()}
 DEFAULT_COMPUTE_CAPABILITIES = {"tensorrt-rtx": ("sm80", "sm86", "sm89", "sm120"), "tensorrt": ()}
+COMPUTE_CAPABILITIES_OF = {"fp8": ("sm89", "sm120", "sm121"), "bf16": ("sm80", "sm86", "sm89", "sm120", "sm121")}
 MIB = 2**20
 
 
@@ -49,6 +50,18 @@ class EngineSpec:
         if self.compute_capabilities is None:
             object.__setattr__(self, "compute_capabilities", DEFAULT_COMPUTE_CAPABILITIES[self.backend])
         self._check_compute_capabilities()
+
+    def fit_for(self, precision: str) -> Self:
+        """The same for files of this precision: GPUs that cannot compute in it are left out, or refused where named."""
+        allowed = COMPUTE_CAPABILITIES_OF.get(precision, self.compute_capabilities)
+        if allowed is None or set(self.compute_capabilities or ()) <= set(allowed):
+            return self
+        if self.compute_capabilities != DEFAULT_COMPUTE_CAPABILITIES[self.backend]:
+            raise InputError(
+                f"{precision} needs a GPU of {', '.join(allowed)}; got {', '.join(self.compute_capabilities or ())}. "
+                "Leave the precision or the others out."
+            )
+        return replace(self, compute_capabilities=tuple(one for one in self.compute_capabilities if one in allowed))
 
     def _check_compute_capabilities(self) -> None:
         allowed, given = COMPUTE_CAPABILITIES[self.backend], self.compute_capabilities or ()
@@ -134,6 +147,7 @@ def _described(error: Any) -> str:
 
 def _config(trt: ModuleType, builder: Any, network: Any, spec: EngineSpec) -> Any:
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the inspector tells precisions
     if spec.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_mib * MIB)
     if spec.compute_capabilities:

@@ -174,7 +174,13 @@ class OpenVinoRunner:
         except RuntimeError as error:
             raise InputError(f"{path} is no ONNX file that OpenVINO can run here ({error}).") from error
         self._request = self._compiled.create_infer_request()
-        self.provider = f"OpenVINO CPU, {self._compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
+        used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if used != OPENVINO_PRECISIONS[precision]:
+            raise BackendMissingError(
+                f"OpenVINO was asked for {precision} and computes in {used}: this processor has no instructions for "
+                f"{precision}. Ask for fp32."
+            )
+        self.provider = f"OpenVINO CPU, {used}"
 
     def __enter__(self) -> Self:
         return self

@@ -10,28 +10,51 @@ from flora.errors import BackendMissingError, InputError, near_matches
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """`label` is for tables; `precisions` are those that it can compute an FP32 graph in.
+    """`label` is for tables; `precisions` are those that a model's layers can be timed in.
 
-    What `loads_onnx` can verify and measure the ONNX files of a bundle.
+    What `loads_onnx` can verify and measure the ONNX files of a bundle; `files` are the precisions of those that it
+    runs, `worthwhile` those that can be faster than FP32 there.
     """
 
     label: str
     packages: tuple[str, ...]
     precisions: tuple[str, ...] = ("fp32",)
-    loads_onnx: bool = True
+    files: tuple[str, ...] = ()
+    worthwhile: tuple[str, ...] = ()
     on_gpu: bool = False
+
+    @property
+    def loads_onnx(self) -> bool:
+        return bool(self.files)
 
 
 ORT_CPU, TENSORRT, TORCH, TORCH_CUDA = "ort-cpu", "tensorrt", "torch", "torch-cuda"
 RUNTIMES = {
-    ORT_CPU: Runtime(label="ONNX Runtime", packages=("onnxruntime", "onnxruntime-gpu")),
-    "openvino": Runtime(label="OpenVINO", packages=("openvino",), precisions=("fp32", "bf16")),
-    "ort-cuda": Runtime(label="ONNX Runtime on CUDA", packages=("onnxruntime-gpu",), on_gpu=True),
-    TENSORRT: Runtime(label="TensorRT", packages=("tensorrt",), loads_onnx=False, on_gpu=True),
-    TORCH: Runtime(label="torch", packages=("torch",), precisions=("fp32", "bf16"), loads_onnx=False),
-    TORCH_CUDA: Runtime(
-        label="torch on CUDA", packages=("torch",), precisions=("fp32", "fp16", "bf16"), loads_onnx=False, on_gpu=True
+    ORT_CPU: Runtime(
+        label="ONNX Runtime",
+        packages=("onnxruntime", "onnxruntime-gpu"),
+        precisions=("fp32", "int8"),
+        files=("fp32", "fp16", "int8", "fp8"),
+        worthwhile=("int8",),
     ),
+    "openvino": Runtime(
+        label="OpenVINO",
+        packages=("openvino",),
+        precisions=("fp32", "bf16", "int8"),
+        files=("fp32", "fp16", "bf16", "int8"),
+        worthwhile=("int8",),
+    ),
+    "ort-cuda": Runtime(
+        label="ONNX Runtime on CUDA",
+        packages=("onnxruntime-gpu",),
+        precisions=("fp32", "int8"),
+        files=("fp32", "fp16", "bf16", "int8", "fp8"),
+        worthwhile=("fp16", "int8"),
+        on_gpu=True,
+    ),
+    TENSORRT: Runtime(label="TensorRT", packages=("tensorrt",), precisions=("fp32", "int8"), on_gpu=True),
+    TORCH: Runtime(label="torch", packages=("torch",), precisions=("fp32", "bf16")),
+    TORCH_CUDA: Runtime(label="torch on CUDA", packages=("torch",), precisions=("fp32", "fp16", "bf16"), on_gpu=True),
 }
 
 

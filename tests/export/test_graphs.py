@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 from export_samples import tiny_model
 
 from export.graphs import graph_at_ranks, linear_sites, site_graph
 from export.runners import OnnxRunner, OpenVinoRunner
-from flora.errors import InputError
+from flora.errors import BackendMissingError, InputError
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.ranks.latency import Site
 
@@ -101,7 +102,11 @@ def test_a_layer_that_the_file_does_not_name_is_refused(onnx_file: Path, cost):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.5)])
-def test_openvino_computes_in_the_precision_that_it_is_given(onnx_file: Path, precision, tolerance):
+def test_openvino_computes_in_the_precision_that_it_is_given_or_refuses(onnx_file: Path, precision, tolerance):
+    if precision.upper() not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(BackendMissingError, match=r"no instructions for bf16\. Ask for fp32"):
+            OpenVinoRunner(onnx_file, threads=1, precision=precision)
+        return
     with OnnxRunner(onnx_file) as expected, OpenVinoRunner(onnx_file, threads=1, precision=precision) as runner:
         assert {"fp32": "f32", "bf16": "bf16"}[precision] in runner.provider
         np.testing.assert_allclose(runner(IMAGES), expected(IMAGES), atol=tolerance)

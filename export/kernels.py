@@ -1,0 +1,138 @@
+"""What a runtime really ran of a model, kernel by kernel: which hold products, what those are computed in, how long.
+
+A product is a matrix product or a convolution. What it is computed in is read from the type of what goes into it, since
+files say what was wished for: ONNX Runtime's CPU provider computes an FP16 file in FP32, and products between quantize
+nodes in FP32 where it knows no better kernel.
+"""
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from export.runners import FATAL_ONLY, OPENVINO_PRECISIONS, PROVIDER_OPTIONS
+
+# The words of ONNX Runtime, OpenVINO and TensorRT; what is not here keeps the runtime's own.
+PRECISIONS = {
+    "fp32": ("float", "f32", "fp32"),
+    "fp16": ("float16", "f16", "fp16", "half"),
+    "bf16": ("bfloat16", "bf16"),
+    "int8": ("int8", "uint8", "i8", "u8"),
+    "fp8": ("fp8", "f8e4m3", "f8e5m2", "float8e4m3fn", "float8e5m2"),
+}
+PRECISION_OF_WORD = {word: precision for precision, words in PRECISIONS.items() for word in words}
+RUNS = 5
+
+# Any operator of ONNX Runtime that multiplies; each release fuses more of them (QLinearMatMul, NhwcFusedConv, ...).
+ORT_PRODUCT = re.compile(r"MatMul|Gemm(?!a)|Conv(?!ert)|Attention|Einsum")
+ORT_QUANTIZES_WITHIN = ("DynamicQuantizeMatMul",)
+ORT_CONVERSION = re.compile(r"^(Cast|ReorderInput|ReorderOutput|(Dynamic|De)?[Qq]uantizeLinear)$")
+OPENVINO_PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution", "ScaledDotProductAttention")
+MEAN_TIME = "execTimeMcs"
+OPENVINO_CONVERSIONS = ("Reorder", "Convert", "FakeQuantize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One thing that was run: `products` is how many it holds, `weight` its microseconds, or 1 where none are known."""
+
+    precision: str
+    weight: float
+    products: int = 0
+    converts: bool = False
+
+
+def kernels_of_onnxruntime(path: Path, provider: str, images: np.ndarray, *, threads: int | None) -> list[Kernel]:
+    """Each node of the optimized graph with the median of its times; `images` are run a few times."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    options.enable_profiling = True
+    if threads is not None:
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as scratch:
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        session = onnxruntime.InferenceSession(
+            path, options, providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))]
+        )
+        for _ in range(1 + RUNS):
+            session.run(None, {session.get_inputs()[0].name: images})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    nodes: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            nodes.setdefault((event["args"]["node_index"], event["name"]), []).append(event)
+    return [_ort_kernel(runs) for runs in nodes.values()]
+
+
+def _ort_kernel(runs: list[dict[str, Any]]) -> Kernel:
+    operator = runs[0]["args"]["op_name"]
+    inputs = [word for shapes in runs[0]["args"]["input_type_shape"] for word in shapes]
+    within = operator in ORT_QUANTIZES_WITHIN
+    return Kernel(
+        precision="int8" if within else precision_of(inputs),
+        weight=_microseconds(median(run["dur"] for run in runs[1:])),
+        products=int(bool(ORT_PRODUCT.search(operator))),
+        converts=bool(ORT_CONVERSION.match(operator)),
+    )
+
+
+def kernels_of_openvino(path: Path, images: np.ndarray, *, threads: int | None) -> list[Kernel]:
+    """Each executed node of the graph that OpenVINO made of the file, with the mean of its times."""
+    import openvino
+
+    config = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS["fp32"], "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = str(threads)
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    multiplying = {op.get_friendly_name() for op in model.get_ops() if op.get_type_name() in OPENVINO_PRODUCTS}
+    compiled = core.compile_model(model, "CPU", {**config, "PERF_COUNT": "YES"})
+    request = compiled.create_infer_request()
+    request.infer([images])
+    first = _executed(compiled)
+    for _ in range(RUNS):
+        request.infer([images])
+    # OpenVINO tells means since the beginning; the first run, in which weights are laid out anew, is taken out of them.
+    return [
+        _openvino_kernel(
+            facts, multiplying, (float(facts[MEAN_TIME]) * (1 + RUNS) - float(first[name][MEAN_TIME])) / RUNS
+        )
+        for name, facts in _executed(compiled).items()
+    ]
+
+
+def _executed(compiled: Any) -> dict[str, dict[str, str]]:
+    """What OpenVINO tells of each node that it executed, by name."""
+    told = {op.get_friendly_name(): op.get_rt_info() for op in compiled.get_runtime_model().get_ops()}
+    facts = {name: {key: values[key].astype(str) for key in values} for name, values in told.items()}
+    return {name: values for name, values in facts.items() if values[MEAN_TIME] != "not_executed"}
+
+
+def _openvino_kernel(facts: dict[str, str], multiplying: set[str], microseconds: float) -> Kernel:
+    kind = facts["layerType"]
+    # The products of fused attention are in a subgraph, which lists the nodes that it was made of.
+    fused = len(multiplying & set(facts["originalLayersNames"].split(","))) if kind == "Subgraph" else 0
+    return Kernel(
+        precision=precision_of([facts["runtimePrecision"]]),
+        weight=_microseconds(microseconds),
+        products=1 if kind in OPENVINO_PRODUCTS else fused,
+        converts=kind in OPENVINO_CONVERSIONS,
+    )
+
+
+def precision_of(inputs: list[str]) -> str:
+    """Precision of the first input, which is that of the activations in all products here."""
+    known = [PRECISION_OF_WORD[word] for word in inputs if word in PRECISION_OF_WORD]
+    return known[0] if known else ", ".join(inputs[:1])
+
+
+def _microseconds(measured: float) -> float:
+    """At least the clock's tick: what was run took some time."""
+    return max(1.0, float(measured))
