@@ -7,38 +7,40 @@ the accuracy.
 
 import contextlib
 import io
+import logging
 import tempfile
-from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static, save_tensors_data
 
+from calibrate.files import check_not_quantized, save_onnx
 from calibrate.ranges import METHODS, OPERATORS, Ranges
-from flora.artifact import new_file
-from flora.errors import InputError
 
 
-def quantize_onnx(source: Path, out: Path, ranges: Ranges, *, keep: Collection[str] = ()) -> None:
-    """Write the ONNX file `out`: `source` in INT8 by these ranges, but for the nodes called `keep`.
+def quantize_onnx(source: Path, out: Path, ranges: Ranges, *, weight_bits: int = 8) -> None:
+    """Write the ONNX file `out`: `source` in INT8 by these ranges.
 
-    `InputError` where `source` is quantized already.
+    With 7 `weight_bits` weights use half of their codes: without instructions for products of bytes (VNNI), ONNX
+    Runtime adds two products in 16 bits, which 8 bits overflow. `InputError` where `source` is quantized already.
     """
     check_not_quantized(source)
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
         kept, quantized = Path(scratch) / "ranges.json", Path(scratch) / "quantized.onnx"
         save_tensors_data(ranges.tensors, kept)
         quantize_static(
-            str(source),
+            onnx.load(source),  # a path would have it write beside the file
             str(quantized),
             calibration_cache_path=kept,
             calibrate_method=METHODS[ranges.method],
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(OPERATORS),
             per_channel=True,
+            reduce_range=weight_bits == 7,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(keep),
+            use_external_data_format=True,
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
@@ -51,12 +53,16 @@ def quantize_onnx(source: Path, out: Path, ranges: Ranges, *, keep: Collection[s
     for index in reversed(range(len(model.opset_import))):
         if model.opset_import[index].domain not in used:
             del model.opset_import[index]
-    with new_file(out) as partial:
-        onnx.save(model, partial)
-        onnx.checker.check_model(str(partial))
+    save_onnx(model, out)
 
 
-def check_not_quantized(path: Path) -> None:
-    """Raise `InputError` for an ONNX file that holds quantize nodes already."""
-    if any(node.op_type == "QuantizeLinear" for node in onnx.load(path, load_external_data=False).graph.node):
-        raise InputError(f"{path} is quantized already; give the file that it was made from.")
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No prints and no advice from the quantizer, which is to optimize the graph first: the exporter has done that."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)

@@ -5,14 +5,15 @@ folder that an image lies in, classes and images are in natural order ("10" afte
 subfolder for the split (`val`, `validation`, ...) is read from there. Images that lie in no folder carry no labels.
 """
 
+import copy
 import io
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -37,6 +38,18 @@ class ImageSet(Protocol):
 
     def record(self) -> ImageSetRecord:
         """What an artefact keeps of these images."""
+        ...
+
+
+class ChoosableImages(ImageSet, Protocol):
+    """Images that can be asked for one by one."""
+
+    def labels(self) -> Any:
+        """The label of every image as an array [N] (-1 where there is none)."""
+        ...
+
+    def chosen(self, indices: Sequence[int]) -> Self:
+        """The images at these places alone."""
         ...
 
 
@@ -92,6 +105,16 @@ class LabelledImages:
             pairs = [self[i] for i in range(start, min(start + batch_size, len(self)))]
             images = np.stack([preprocess(image, self.preprocessing) for image, _ in pairs])
             yield images, np.array([label for _, label in pairs], dtype=np.int64) if self.class_names else None
+
+    def labels(self) -> np.ndarray:
+        """The label of every image, int64 [N] (-1 where there is none); no file is read for it."""
+        return np.array([self._indices.get(sample.class_name, -1) for sample in self._samples], dtype=np.int64)
+
+    def chosen(self, indices: Sequence[int]) -> Self:
+        """The images at these places alone."""
+        part = copy.copy(self)
+        part._samples = [self._samples[i] for i in indices]
+        return part
 
     def digests(self) -> list[str]:
         """One digest for each image file, in order."""

@@ -1,10 +1,11 @@
 """Images from any dataset that timm's factory reads, with the model's own evaluation transform."""
 
+import copy
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -74,6 +75,14 @@ class TimmImages:
         """The label of every image [N] (-1 where there is none); files are not decoded for it."""
         dataset = self.dataset(eval_transform(self.preprocessing))
         return torch.tensor([cast(_Decoded, dataset.dataset).label(i) for i in dataset.indices])
+
+    def chosen(self, indices: Sequence[int]) -> Self:
+        """The images at these places alone."""
+        if self._indices is None:
+            raise InputError(f"{self.text}: no images can be chosen from a streamed data set; use one read by index.")
+        part = copy.copy(self)
+        part._indices = [self._indices[i] for i in indices]
+        return part
 
     def images(self, batch_size: int) -> "ImageBatches":
         """The images alone, as an iterable that can be read several times."""

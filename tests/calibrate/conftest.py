@@ -1,5 +1,6 @@
 """The example's trained ViT as an ONNX file, and images of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from export.images import LabelledImages
 from export.onnx import onnx_from_module
+from export.runners import OnnxRunner, Runner
 from flora.lowrank.checkpoint import load_model
 from tests.worked_example import FASHION
 
@@ -22,6 +24,11 @@ def fashion_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches_of(file: str, count: int, size: int = 16) -> list[np.ndarray]:
     settings = load_model(str(FASHION / "model")).config.preprocessing
     return [images for images, _ in LabelledImages(f"{FASHION / file},limit={count}", settings).batches(size)]
+
+
+def logits(path: Path, images: np.ndarray, runner: Callable[..., Runner] = OnnxRunner) -> np.ndarray:
+    with runner(path, threads=1) as run:
+        return run(images)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from calibrate import files
 from calibrate.ranges import METHODS, measure_ranges
 from calibrate.static import quantize_onnx
 from export.comparison import compare
-from export.runners import OnnxRunner, OpenVinoRunner
+from export.runners import OpenVinoRunner
 from flora.errors import InputError
+from tests.calibrate.conftest import logits
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +19,6 @@ def quantized(fashion_onnx, calibration, tmp_path_factory):
     path = tmp_path_factory.mktemp("static") / "int8.onnx"
     quantize_onnx(fashion_onnx, path, measure_ranges(fashion_onnx, calibration, "min-max"))
     return path
-
-
-def logits(path, images, runner=OnnxRunner) -> np.ndarray:
-    with runner(path, threads=1) as run:
-        return run(images)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,17 +64,25 @@ def test_the_file_names_only_the_operators_that_it_holds_and_keeps_its_metadata(
     assert [one.name for one in model.graph.output] == ["logits"]
 
 
-def test_nodes_that_are_to_stay_high_do(fashion_onnx, calibration, tmp_path):
-    ranges = measure_ranges(fashion_onnx, calibration, "min-max")
-    head = next(node for node in reversed(onnx.load(fashion_onnx).graph.node) if node.op_type in ("MatMul", "Gemm"))
-    quantize_onnx(fashion_onnx, tmp_path / "int8.onnx", ranges, keep=[head.name])
-    graph = onnx.load(tmp_path / "int8.onnx").graph
-    kept = next(node for node in graph.node if node.name == head.name)
-    assert list(kept.input[:2]) == list(head.input[:2])
-
-
 def test_a_quantized_file_is_not_quantized_again(quantized, calibration, tmp_path):
     ranges = measure_ranges(quantized, calibration, "min-max")
     with pytest.raises(InputError, match="is quantized already; give the file that it was made from"):
         quantize_onnx(quantized, tmp_path / "twice.onnx", ranges)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_lie_beside_the_file_are_found_and_put_beside_it(
+    fashion_onnx, quantized, calibration, test_images, tmp_path, monkeypatch
+):
+    source, out = tmp_path / "in" / "large.onnx", tmp_path / "out" / "int8.onnx"
+    source.parent.mkdir()
+    onnx.save(onnx.load(fashion_onnx), source, save_as_external_data=True, location="large.onnx.data")
+    ranges = measure_ranges(source, calibration, "min-max")
+    expected = logits(quantized, test_images)
+    for limit, written in ((files.LARGEST_INLINE_BYTES, ["int8.onnx"]), (0, ["int8.onnx", "int8.onnx.data"])):
+        monkeypatch.setattr(files, "LARGEST_INLINE_BYTES", limit)
+        quantize_onnx(source, out, ranges)
+        assert sorted(path.name for path in out.parent.iterdir()) == written
+        np.testing.assert_array_equal(logits(out, test_images), expected)
+    assert out.stat().st_size < 300_000
+    assert sorted(path.name for path in source.parent.iterdir()) == ["large.onnx", "large.onnx.data"]

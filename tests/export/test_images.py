@@ -139,3 +139,13 @@ def test_a_tar_inside_a_tar_is_named(tmp_path):
     _tar_of(tmp_path / "set", tmp_path / "set/inner.tar")
     with pytest.raises(InputError, match=r"holds the tar file \./inner\.tar"):
         LabelledImages(str(_tar_of(tmp_path / "set", tmp_path / "outer.tar")), GREY)
+
+
+def test_images_can_be_chosen_by_their_labels_without_reading_them(folder):
+    images = LabelledImages(str(folder), GREY)
+    labels = images.labels()
+    assert list(labels) == [images[i][1] for i in range(len(images))]
+    chosen = images.chosen([4, 1])
+    assert chosen.digests() == [images.digests()[4], images.digests()[1]]
+    np.testing.assert_array_equal(next(chosen.batches(2))[1], labels[[4, 1]])
+    assert len(images) == 6

@@ -242,3 +242,11 @@ def test_a_set_that_is_not_there_is_refused_by_name(text: str, named: str):
 def test_a_torchvision_set_without_root_is_refused_by_name():
     with pytest.raises(InputError, match="torch/fashion_mnist"):
         TimmImages("torch/fashion_mnist", GREY)
+
+
+def test_images_can_be_chosen(image_folder):
+    images = TimmImages(f"{image_folder},fold=1/2", GREY)
+    chosen = images.chosen([3, 0])
+    assert chosen.digests() == [images.digests()[3], images.digests()[0]]
+    assert chosen.labels().tolist() == images.labels()[[3, 0]].tolist()
+    assert len(images) > 2
