@@ -10,8 +10,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BENCHMARKS = ("paper_counts", "factorization", "latency", "families", "overhead", "compress_cost")
-# Hours of training, in arms that resume: only by name.
-LONG = ("compress", "paper_road")
+# Long, in arms that resume: only by name.
+LONG = ("compress", "paper_road", "quantization")
 
 
 def main() -> None:
