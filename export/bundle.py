@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from export.attestation import Attestation
 from export.benchmark import LatencyStats
 from export.comparison import compare
 from export.engines import EngineSpec, backend_version
@@ -51,8 +52,34 @@ class EngineRecord(BaseModel):
         return cls(**asdict(spec), backend_version=backend_version(spec.backend))
 
 
+class QuantizationRecord(BaseModel):
+    """How a file of lower precision came to be, from so many calibration images with this digest.
+
+    `trials` has the ratio of signal to quantization noise of the logits, in decibels, of each way to calibrate that was
+    tried; `sensitivity` that of each layer alone, where it was measured. `high` are layers that stay in FP32, and why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int
+    digest: str | None = None
+    method: str
+    basis: str
+    weight_bits: int = 8
+    trials: dict[str, float] = {}
+    high: dict[str, str] = {}
+    sensitivity: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """What its trial is called."""
+        return f"{self.method}, {self.basis} basis, {self.weight_bits}-bit weights"
+
+
 class ArtifactEntry(BaseModel):
-    """One artefact: `path` is relative to the bundle; `reason` says why it failed or was not run.
+    """One artefact: `path` is relative to the bundle; `reason` says why it failed, was not run or not chosen.
+
+    One that is not `certified` was run on the selection images alone, or not at all: it is not to be shipped.
 
     `runtime` is what an ONNX file was verified and measured on.
     """
@@ -63,15 +90,18 @@ class ArtifactEntry(BaseModel):
     path: str
     kind: Literal["onnx", "engine", "model"]
     runtime: str = ORT_CPU
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
     role: Literal["yardstick", "candidate"]
     status: Status
     reason: str | None = None
+    certified: bool = True
     sha256: str
     size_bytes: int
     macs: int | None = None
     params: int | None = None
     spec: EngineRecord | None = None
+    quantization: QuantizationRecord | None = None
+    attestation: Attestation | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,7 +116,9 @@ class ArtifactEntry(BaseModel):
 class Manifest(Document):
     """`manifest.json`. `files` has every file but itself; `image_sets` is by role, `latency` by artefact.
 
-    `max_drop` is what low rank may cost, in points of top-1, here and in later verifications.
+    `max_drop` is what low rank and a lower precision may cost, in points of top-1, here and in later verifications.
+    `unmet` has a line for each file that does not compute in the precision that was required of it.
+    `selection` is what was found on the images that precisions were chosen by, `verification` on the evaluation images.
     """
 
     model: str
@@ -97,6 +129,8 @@ class Manifest(Document):
     recommended: str | None = None
     recommendation_reason: str = ""
     max_drop: float = THRESHOLDS["lowrank"].max_drop or 0.0
+    unmet: list[str] = []
+    selection: VerifyReport | None = None
     verification: VerifyReport | None = None
     latency: dict[str, LatencyStats] = {}
     image_sets: dict[str, ImageSetRecord] = {}
@@ -149,6 +183,12 @@ def load_bundle(folder: Path) -> Bundle:
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} is no bundle: it holds no {MANIFEST}. Give a folder that flora export wrote.")
     return Bundle(folder=folder, manifest=Manifest.load(folder / MANIFEST))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an ONNX file and of the weights that may lie beside it."""
+    beside = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ precision lies between. Images are read once; every stage sees the same arrays.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -40,13 +40,18 @@ THRESHOLDS: dict[str, Thresholds] = {
     "lowrank": Thresholds(max_drop=1.0, unlabelled_min_agreement=0.9),
     "fp32": Thresholds(min_agreement=0.99, min_cosine=0.9999, max_relative=1e-3, max_kl=1e-4),
     "fp16": Thresholds(min_agreement=0.98, min_cosine=0.999, max_relative=2e-2, max_kl=5e-3, max_drop=0.5),
+    "bf16": Thresholds(min_agreement=0.95, min_cosine=0.99, max_kl=2e-2, max_drop=0.5),
     "int8": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
+    "fp8": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
 }
 
 
 def thresholds_with_drop(max_drop: float) -> dict[str, Thresholds]:
-    """The table, with `max_drop` points of top-1 allowed to low rank."""
-    return THRESHOLDS | {"lowrank": replace(THRESHOLDS["lowrank"], max_drop=max_drop)}
+    """The table, with `max_drop` points of top-1 allowed to low rank and to each lower precision."""
+    return {
+        kind: limits if limits.max_drop is None else replace(limits, max_drop=max_drop)
+        for kind, limits in THRESHOLDS.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ def verify(
         raise InputError("There are no images to verify with; give a set that holds some.")
     reports: dict[str, StageReport] = {}
     for stage in stages:
-        before = None if stage.compared_with is None else (tallies[stage.compared_with], reports[stage.compared_with])
+        before = None if stage.compared_with is None else tallies[stage.compared_with]
         reports[stage.name] = _report(stage, tallies[stage.name], thresholds[stage.kind], before)
     return VerifyReport(stages=list(reports.values()))
 
@@ -162,15 +167,18 @@ def _logits(stage: Stage, images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _report(stage: Stage, tally: Tally, limits: Thresholds, before: tuple[Tally, StageReport] | None) -> StageReport:
-    figures: dict[str, Any] = tally.accuracy() | tally.differences()
+def judged(
+    tally: Tally, limits: Thresholds, reference: Tally | None
+) -> tuple[dict[str, float | None], list[str], str | None]:
+    """Figures of a stage, a line for each limit that it does not hold against `reference`, and what is to be said."""
+    figures: dict[str, float | None] = {**tally.accuracy(), **tally.differences()}
     failures, note = [], None
     if tally.non_finite:
         failures.append(f"{tally.non_finite} of {tally.images} images have logits that are not finite")
-    if before is not None:
-        reference, earlier = before
-        if earlier.top1 is not None and "top1" in figures:
-            figures["drop"] = round(earlier.top1 - figures["top1"], 6)
+    if reference is not None:
+        before, now = reference.accuracy().get("top1"), figures.get("top1")
+        if before is not None and now is not None:
+            figures["drop"] = round(before - now, 6)
         if tally.classes != reference.classes:
             failures.append(f"gives {tally.classes} classes, {reference.name} gives {reference.classes}")
         elif reference.non_finite:
@@ -178,6 +186,11 @@ def _report(stage: Stage, tally: Tally, limits: Thresholds, before: tuple[Tally,
         elif not tally.non_finite:
             limits, note = _as_far_as_labelled(limits, labelled="drop" in figures)
             failures += exceeded(figures, limits)
+    return figures, failures, note
+
+
+def _report(stage: Stage, tally: Tally, limits: Thresholds, before: Tally | None) -> StageReport:
+    figures, failures, note = judged(tally, limits, before)
     return StageReport(
         name=stage.name,
         kind=stage.kind,
@@ -188,7 +201,7 @@ def _report(stage: Stage, tally: Tally, limits: Thresholds, before: tuple[Tally,
         passed=not failures,
         failures=failures,
         note=note,
-        **figures,
+        **cast(dict[str, Any], figures),
     )
 
 

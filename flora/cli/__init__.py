@@ -19,6 +19,8 @@ COMMANDS = {
     "latency-table": "Measure what a model's layers cost in milliseconds here, by rank.",
     "materialize": "Turn a supernet and ranks into a compact model.",
     "export": "Turn a compact model into verified ONNX files and engines.",
+    "calibrate": "Quantize an ONNX file, the way that costs least.",
+    "sensitivity": "Measure how far each layer alone in INT8 moves the logits.",
     "verify": "Check a bundle: files, golden outputs and, given images, accuracy.",
     "eval": "Measure the accuracy of a model on labelled images.",
 }

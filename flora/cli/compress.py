@@ -20,6 +20,7 @@ from flora.cli.options import (
     out_option,
     parse_model_kwargs,
     population_option,
+    precision_options,
     runtime_option,
     set_threads,
     split_names,
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
 @runtime_option("What runs the ONNX files: ort-cpu or ort-cuda (ONNX Runtime), or openvino.")
 @out_option("bundle")
 @targets_option
+@precision_options("--export-precision")
 @click.option(
     "--layers", callback=split_names, default="qkv,proj,fc1,fc2", show_default=True, help="Linear layers to factorize."
 )
@@ -141,6 +143,10 @@ def command(
     runtime: str,
     out: Path,
     targets: tuple[str, ...],
+    precisions: tuple[str, ...],
+    calib_images: int,
+    compare: bool,
+    require: str | None,
     layers: tuple[str, ...],
     space: str | None,
     share: float,
@@ -192,6 +198,10 @@ def command(
         eval_data=eval_data,
         runtime=runtime,
         targets=targets,
+        precisions=precisions,
+        calib_images=calib_images,
+        compare=compare,
+        require=require,
         max_drop=max_drop,
         threads=threads,
         command=("flora", *sys.argv[1:]),
@@ -320,4 +330,5 @@ _BOTH = {
     *("model", "checkpoint", "pretrained", "model_kwargs", "method", "budget", "calib_data", "select_data"),
     *("eval_data", "out", "targets", "layers", "space", "max_drop", "workers", "device", "threads", "restart"),
     *("as_json", "latency_table", "family", "runtime", "dry_run"),
+    *("precisions", "calib_images", "compare", "require"),
 }

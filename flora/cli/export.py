@@ -10,7 +10,9 @@ from flora.cli.options import (
     json_option,
     max_drop_option,
     out_option,
+    precision_options,
     runtime_option,
+    seed_option,
     set_threads,
     split_names,
     targets_option,
@@ -43,6 +45,18 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="The dense model to verify against (a weights file or folder) instead of the one that MODEL records.",
 )
 @max_drop_option(1.0, "1.0")
+@precision_options("--precision")
+@click.option(
+    "--calib-data",
+    metavar="IMAGES",
+    help="Images that lower precisions are calibrated on; labels are not needed. Never the evaluation images.",
+)
+@click.option(
+    "--select-data",
+    metavar="IMAGES",
+    help="Images that precisions are chosen by (default: every fourth of --calib-data, held out).",
+)
+@seed_option("Which of --calib-data are taken.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 17 to 25.")
 @click.option(
     "--batch",
@@ -70,6 +84,13 @@ def command(
     out: Path,
     reference: Path | None,
     max_drop: float,
+    precisions: tuple[str, ...],
+    calib_data: str | None,
+    select_data: str | None,
+    calib_images: int,
+    seed: int,
+    compare: bool,
+    require: str | None,
     opset: int,
     batches: tuple[int, int, int],
     compute_capabilities: tuple[str, ...],
@@ -83,6 +104,10 @@ def command(
     factorized one and the exported files; the fastest file that passes is recommended. Exit code 3 when a gate fails:
     the bundle is kept, with what failed labelled so.
     """
+    if not precisions and (calib_data or select_data or compare):
+        raise click.UsageError(
+            "--calib-data, --select-data and --compare serve lower precisions; name some with --precision."
+        )
     set_threads(threads)
     from flora.cli.output import StepProgress
     from flora.cli.verification import print_bundle
@@ -94,6 +119,13 @@ def command(
         runtime=runtime,
         reference=reference,
         max_drop=max_drop,
+        precisions=precisions,
+        calib_data=calib_data,
+        select_data=select_data,
+        calib_images=calib_images,
+        seed=seed,
+        compare=compare,
+        require=require,
         opset=opset,
         batches=batches,
         compute_capabilities=compute_capabilities,

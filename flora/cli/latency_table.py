@@ -42,7 +42,8 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     callback=split_names,
     default="fp32",
     show_default=True,
-    help="What the runtime computes in: fp32; openvino and torch also bf16, torch-cuda also fp16.",
+    help="What layers compute in: fp32; int8 on ONNX files and TensorRT; openvino and torch also bf16, torch-cuda "
+    "also fp16.",
 )
 @click.option(
     "--layers", callback=split_names, default="qkv,proj,fc1,fc2", show_default=True, help="Linear layers to measure."

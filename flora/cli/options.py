@@ -285,3 +285,65 @@ def _of_this_process(device):
     if device.type != "cuda" or device.index is not None or not torch.cuda.device_count():
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def calibration_options(command: Callable) -> Callable:
+    """The images that one file is calibrated on, and those that errors are measured on."""
+    for decorator in (
+        seed_option("Which of --data are taken."),
+        calib_images_option("--data"),
+        click.option(
+            "--select-data",
+            metavar="IMAGES",
+            help="Images that errors are measured on (default: every fourth of --data, held out).",
+        ),
+        click.option(
+            "--data", metavar="IMAGES", required=True, help=f"Images to calibrate on, labelled or not: {IMAGES_HELP}."
+        ),
+    ):
+        command = decorator(command)
+    return command
+
+
+def precision_options(flag: str) -> Callable:
+    """Which precisions besides FP32 an export tries, by the option `flag`, and what they must show."""
+    decorators = (
+        click.option(
+            "--require",
+            metavar="SHARE",
+            help='Fail unless so much of the time in products is really computed so, such as "int8>=80%".',
+        ),
+        click.option(
+            "--compare", is_flag=True, help="Build the dense model in the same precisions: what low rank adds."
+        ),
+        calib_images_option("--calib-data"),
+        click.option(
+            flag,
+            "precisions",
+            callback=split_names,
+            metavar="LIST",
+            help="Precisions besides FP32 to try: fp16, bf16, int8, fp8, or auto for those that can pay on the "
+            "runtime. The fastest file that passes the gate is recommended.",
+        ),
+    )
+
+    def decorated(command: Callable) -> Callable:
+        for decorator in decorators:
+            command = decorator(command)
+        return command
+
+    return decorated
+
+
+def calib_images_option(images: str) -> Callable:
+    return click.option(
+        "--calib-images",
+        type=click.IntRange(min=1),
+        default=128,
+        show_default=True,
+        help=f"How many of {images} activation ranges are measured on, as many of each class.",
+    )
+
+
+def seed_option(help_text: str) -> Callable:
+    return click.option("--seed", type=int, default=0, show_default=True, help=help_text)

@@ -21,10 +21,15 @@ def print_bundle(bundle: Bundle, wrote: str, command: str, *, as_json: bool) -> 
     if as_json:
         print_json(manifest.model_dump(mode="json"))
     else:
+        if manifest.selection:
+            print_stages(manifest.selection, "Chosen on {} selection images")
         print_stages(report)
         print_artifacts(manifest)
+        print_precisions(manifest)
         print_verdict(manifest)
         print_next(wrote, command)
+    if manifest.unmet:
+        raise GateFailedError(f"{'; '.join(manifest.unmet)}. The bundle is kept and labelled, see above.")
     if not report.passed:
         raise GateFailedError(f"The gate failed at {report.first_failure}: the bundle is kept and labelled, see above.")
 
@@ -35,10 +40,22 @@ def print_family(family: "Family", bundles: list[Bundle], out: Path, images: str
         print_json(family.model_dump(mode="json"))
     else:
         print_table(
-            ["budget", "MACs", "parameters", "size", "top-1", "agrees with dense", "latency ratio", "gate", "Pareto"],
+            [
+                "budget",
+                "precision",
+                "MACs",
+                "parameters",
+                "size",
+                "top-1",
+                "agrees with dense",
+                "latency ratio",
+                "gate",
+                "Pareto",
+            ],
             [
                 [
                     member.budget,
+                    member.precision,
                     millions(member.macs),
                     millions(member.params),
                     f"{member.size_bytes / 2**20:.1f} MiB",
@@ -64,7 +81,7 @@ def print_family(family: "Family", bundles: list[Bundle], out: Path, images: str
         raise GateFailedError(f"The gate failed for {few(failed)}: the bundles are kept and labelled, see above.")
 
 
-def print_stages(report: VerifyReport) -> None:
+def print_stages(report: VerifyReport, title: str = "Verification on {} images") -> None:
     """One row a stage: accuracy, and how it compares with the stage that it is held against."""
     rows = [
         [
@@ -83,7 +100,7 @@ def print_stages(report: VerifyReport) -> None:
     print_table(
         ["stage", "top-1", "error", "compared with", "agreement", "cosine", "max abs", "KL", "gate"],
         rows,
-        title=f"Verification on {report.stages[0].images} images",
+        title=title.format(report.stages[0].images),
     )
     for stage in report.stages:
         for line in (*stage.failures, *([stage.note] if stage.note else [])):
@@ -122,6 +139,36 @@ def print_artifacts(manifest: Manifest) -> None:
         rows,
         title=f"Latency: over the first row, batch {first.batch_size}, median of {first.repeats} paired runs",
     )
+
+
+def print_precisions(manifest: Manifest) -> None:
+    """How each file of lower precision came to be, and what it was seen to compute in."""
+    rows = []
+    for entry in manifest.artifacts:
+        made, seen = entry.quantization, entry.attestation
+        if entry.kind == "onnx" and entry.precision != "fp32":
+            best = made.name if made else "casts"
+            trial = made.trials.get(best) if made else None
+            rows.append(
+                [
+                    entry.name,
+                    best,
+                    str(made.images) if made else "-",
+                    "-" if trial is None else f"{trial:.1f} dB",
+                    str(len(made.high)) if made else "-",
+                    "-" if seen is None else ", ".join(f"{name} {share:.0%}" for name, share in seen.shares.items()),
+                    "-" if seen is None else f"{seen.conversion_share:.0%}",
+                ]
+            )
+    if rows:
+        print_table(
+            ["", "calibrated by", "images", "signal to noise", "layers in FP32", "products by time", "conversions"],
+            rows,
+            title="Lower precisions: how they were made, and what really computes",
+        )
+    for entry in manifest.artifacts:
+        if entry.status == "failed" and entry.precision != "fp32":
+            print(f"{entry.name} is not to be shipped: {entry.reason}")
 
 
 def print_verdict(manifest: Manifest) -> None:

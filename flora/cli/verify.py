@@ -50,5 +50,6 @@ def command(
             print(f"Not run here: {line}.")
         print_verdict(manifest)
     if not check.passed:
-        failed = check.report.first_failure if check.report else None
-        raise GateFailedError(f"The gate failed{f' at {failed}' if failed else ''}: {bundle} does not hold here.")
+        stage = check.report.first_failure if check.report else None
+        failed = stage or check.problems[0].partition(":")[0]
+        raise GateFailedError(f"The gate failed at {failed}: {bundle} does not hold here.")

@@ -235,7 +235,7 @@ def compress(
         train_step(compact, tuned, request.finetune_epochs, "fine-tuning")
         shipped = tuned
     if is_main():
-        export = request.export.judged_by(at_most(selection, SEARCH_IMAGES))
+        export = request.export.made_with(calibration, at_most(selection, SEARCH_IMAGES))
         export = timed_export(export, request.latency, ranks, table)
         export_job(with_reference_of(compact, shipped), export, out, on_start=on_start, on_step=on_step)
     wait()

@@ -1,15 +1,16 @@
-"""From a compact model to a verified bundle: export, engines, verification, latency, recommendation, manifest."""
+"""From a compact model to a verified bundle: export, precisions, engines, verification, recommendation, manifest."""
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from torch import nn
 
-from export.benchmark import LatencyStats, paired_latency
+from export.attestation import Requirement, attest
 from export.bundle import (
     GOLDEN,
     MANIFEST,
@@ -17,19 +18,18 @@ from export.bundle import (
     Bundle,
     EngineRecord,
     Manifest,
+    Status,
     hash_files,
     load_bundle,
-    write_golden,
 )
 from export.engines import EngineSpec, backend_version, engine_from_onnx
 from export.images import ImageSet
 from export.onnx import onnx_from_module
-from export.runners import Runner
-from export.runtimes import ORT_CPU, check_loads_onnx, open_runner, runtime_called, runtime_version
-from export.torch_runner import TorchRunner
-from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
+from export.runtimes import ORT_CPU, check_loads_onnx, runtime_called, runtime_version
+from export.verify import thresholds_with_drop
 from flora.artifact import check_replaceable, new_folder
-from flora.errors import InputError
+from flora.errors import InputError, few
+from flora.imagesets import ImageSetRecord
 from flora.lowrank.checkpoint import (
     LoadedModel,
     content_digest,
@@ -40,7 +40,6 @@ from flora.lowrank.checkpoint import (
     save_model,
 )
 from flora.lowrank.pivot import pivot_layers
-from flora.lowrank.targets import trace_cost
 from flora.lowrank.weights import weights_digest
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
 from flora.pipeline.images import (
@@ -53,13 +52,13 @@ from flora.pipeline.images import (
 )
 from flora.pipeline.job import OnStart
 from flora.pipeline.notes import AskedLatency, note_on_pivots, notes_on
+from flora.pipeline.precision import CALIBRATED, Judges, Workbench, open_judges, precisions_asked, write_precision
+from flora.pipeline.proof import Exported, Proof, Protocol, onnx_entry, prove, recommend
 from flora.provenance import device_facts, gpu_facts, now, versions
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
 
 MODEL_FOLDER = "model"
-GOLDEN_IMAGES = 8
-TORCH_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +68,23 @@ class ExportRequest:
     With `certifies` the images must be none that the model was made with; without, they are those it was chosen by,
     and their labels count only where they are the model's classes. `runtime` runs the ONNX files, here and in later
     verifications.
+
+    For `precisions` other than FP32, ranges are measured on `calib_images` of `calib_data`, and every choice is made on
+    `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
+    what share of the products they must compute in, such as "int8>=80%".
     """
 
     eval_data: str | None
     certifies: bool = True
     runtime: str = ORT_CPU
     asked: AskedLatency | None = None
+    precisions: tuple[str, ...] = ()
+    calib_data: str | None = None
+    select_data: str | None = None
+    calib_images: int = 128
+    seed: int = 0
+    compare: bool = False
+    require: str | None = None
     targets: tuple[str, ...] = ("onnx",)
     reference: Path | None = None
     max_drop: float = 1.0
@@ -85,12 +95,13 @@ class ExportRequest:
     threads: int | None = None
     command: tuple[str, ...] = ()
 
-    def judged_by(self, selection: str) -> "ExportRequest":
-        """The same, on the `selection` images where no evaluation images are given."""
-        return self if self.eval_data else replace(self, eval_data=selection, certifies=False)
+    def made_with(self, calibration: str, selection: str) -> "ExportRequest":
+        """The same with these images for lower precisions, judged by the second where none are given to judge by."""
+        request = replace(self, calib_data=calibration, select_data=selection)
+        return request if self.eval_data else replace(request, eval_data=selection, certifies=False)
 
     def engine_specs(self) -> list[EngineSpec]:
-        """The engines asked for; `BackendMissingError` where a builder is not installed."""
+        """The engines asked for; what cannot be built or run is refused, `BackendMissingError` without its package."""
         if self.compute_capabilities and "tensorrt-rtx" not in self.targets:
             raise InputError("Compute capabilities are chosen for tensorrt-rtx only, which is not among the targets.")
         smallest, usual, largest = self.batches
@@ -109,28 +120,74 @@ class ExportRequest:
             backend_version(spec.backend)
         check_loads_onnx(self.runtime)
         runtime_version(self.runtime)
+        for precision in self.low_precisions:
+            for spec in specs:
+                spec.fit_for(precision)
+        if lacking := [precision for precision in self.required if precision not in self.low_precisions]:
+            raise InputError(f"{self.require} is required, and the precisions do not name {few(lacking)}.")
         return specs
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Exported:
-    """One model of the bundle: the module, its ONNX file, and the names of its stages and rows."""
-
-    name: str
-    runtime: str
-    role: str
-    model: LoadedModel
-    path: str
-    module: nn.Module
-    stages: list[str] = field(default_factory=list)
+    @property
+    def required(self) -> Mapping[str, float]:
+        """The least share of the products by precision."""
+        return Requirement.parse(self.require).least if self.require else {}
 
     @property
-    def torch_name(self) -> str:
-        return f"{self.name}, torch"
+    def low_precisions(self) -> tuple[str, ...]:
+        """Those besides FP32, in which the model is always exported."""
+        has_engines = any(target != "onnx" for target in self.targets)
+        return precisions_asked(self.precisions, self.runtime, has_engines=has_engines)[1:]
 
     @property
-    def onnx_name(self) -> str:
-        return f"{self.name}, {runtime_called(self.runtime).label}"
+    def protocol(self) -> Protocol:
+        smallest, usual, _ = self.batches
+        return Protocol(
+            smallest=smallest,
+            usual=usual,
+            repeats=self.repeats,
+            threads=self.threads,
+            thresholds=thresholds_with_drop(self.max_drop),
+        )
+
+    def judges(self, source: LoadedModel) -> Judges | None:
+        """The images that lower precisions are made and chosen with; `InputError` where they are missing."""
+        if not self.low_precisions:
+            return None
+        if self.calib_data is None:
+            raise InputError(
+                f"{', '.join(self.low_precisions)}: lower precisions are calibrated and chosen on images; name some, "
+                "which need no labels and must not be the evaluation images, with --calib-data IMAGES."
+            )
+        return open_judges(
+            self.calib_data,
+            self.select_data,
+            source.config.preprocessing,
+            getattr(source.module, "num_classes", None),
+            count=self.calib_images,
+            seed=self.seed,
+        )
+
+    def workbench(self, judges: Judges, yardstick: Path, scratch: Path, on_step: Callable[[str], None]) -> Workbench:
+        """What lower precisions are made with; the dense model's FP32 file lies at `yardstick`."""
+        return Workbench(
+            judges=judges,
+            yardstick=yardstick,
+            limits=self.protocol.thresholds,
+            runtime=self.runtime,
+            threads=self.threads,
+            batch=self.batches[1],
+            scratch=scratch,
+            on_step=on_step,
+        )
+
+    def unmet(self, one: Exported) -> list[str]:
+        """What is required of the file's precision and not so."""
+        if one.precision not in self.required:
+            return []
+        if one.attestation is None:
+            return [f"{self.require} is required, and {one.runtime} runs no files in {one.precision} to see it"]
+        sentence = Requirement(least={one.precision: self.required[one.precision]}).unmet(one.attestation)
+        return [sentence] if sentence else []
 
 
 def load_exportable(path: Path, ranks: Path | None = None) -> LoadedModel:
@@ -153,12 +210,14 @@ def export_job(
     dense = load_reference(source.config, request.reference)
     assert request.eval_data is not None
     images = TimmImages(request.eval_data, source.config.preprocessing)
+    judges = request.judges(source)
     options = {name: value for name, value in asdict(request).items() if name not in _NO_SETTINGS}
     job = Job(
         settings={
             "model": content_digest(source.folder),
             "reference": weights_digest(dense.module) if dense else None,
             "evaluation": identity(images, images.record()),
+            "precision": {role: record.digest for role, record in judges.records.items()} if judges else None,
             **options,
         }
     )
@@ -169,7 +228,7 @@ def export_job(
 
 
 # Fields of a request that say where something lies, or how it was asked for.
-_NO_SETTINGS = ("eval_data", "reference", "command")
+_NO_SETTINGS = ("eval_data", "calib_data", "select_data", "reference", "command")
 
 
 def _is_there(job: Job, out: Path) -> bool:
@@ -200,61 +259,80 @@ def export_bundle(
         raise InputError("--reference is what a factorized model is compared with; this model is dense itself.")
     dense = load_reference(source.config, request.reference)
     images = _images_to_judge_by(request, source)
-    record = certified_record(images, {**source.config.image_sets} if request.certifies else {})
-    name = "factorized" if source.config.ranks else "dense"
-    module, not_pivoted = _pivoted(source)
-    compact = _Exported(
-        name=name,
-        runtime=request.runtime,
-        role="candidate",
-        model=source,
-        path="onnx/model-fp32.onnx",
-        module=module,
-    )
-    exported = [compact]
-    if dense is not None:
-        yardstick = _Exported(
-            name="dense",
-            runtime=request.runtime,
-            role="yardstick",
-            model=dense,
-            path="onnx/dense-fp32.onnx",
-            module=dense.module,
-        )
-        exported.insert(0, yardstick)
-    with new_folder(out, marker=MANIFEST) as folder:
+    judges = request.judges(source)
+    seen = _joined(source.config.image_sets, judges)
+    record = certified_record(images, seen if request.certifies else {})
+    exported, not_pivoted = _to_export(source, dense, request.runtime)
+    with new_folder(out, marker=MANIFEST) as folder, tempfile.TemporaryDirectory() as scratch:
         on_step("writing the compact model")
         save_model(folder / MODEL_FOLDER, source.module, source.config)
         for one in exported:
             on_step(f"exporting the {one.name} model to ONNX")
             _export_onnx(one, folder, request)
-        for spec in specs:
-            on_step(f"building the {spec.backend} engine")
-            engine_from_onnx(folder / compact.path, folder / _engine_path(spec), spec)
-        report, latency = _prove(exported, folder, images, request, on_step)
+        low: list[Exported] = []
+        lost: list[str] = []
+        selected = None
+        if judges is not None:
+            bench = request.workbench(judges, folder / exported[0].path, Path(scratch), on_step)
+            for one in _wanted(exported, request):
+                try:
+                    low.append(_lower(one, folder, bench))
+                except InputError as error:
+                    if one.precision in CALIBRATED:  # on images that are no good
+                        raise
+                    lost.append(f"{one.called} was not made: {error}")
+            runnable = [*exported, *(one for one in low if one.runs_here)]
+            selected = prove(runnable, folder, judges.selection, request.protocol, in_torch=False, on_step=on_step)
+        engines = []
+        for spec, one in itertools.product(specs, (exported[-1], *low)):
+            if one.name == exported[-1].name:
+                on_step(f"building the {spec.backend} engine of {one.called}")
+                engines.append((spec.fit_for(one.precision), one))
+                engine_from_onnx(folder / one.path, folder / _engine_path(spec, one), engines[-1][0])
+        chosen = _chosen(exported, low, selected, request)
+        proof = prove(
+            [*exported, *chosen],
+            folder,
+            images,
+            request.protocol,
+            timed=[one for one in low if one.runs_here and one not in chosen],
+            golden=folder / GOLDEN,
+            on_step=on_step,
+        )
         if job is not None:
             job.save(folder / SETTINGS)
         files = hash_files(folder)
-        entries = [_onnx_entry(one, folder, files, report) for one in exported]
-        entries += [_engine_entry(spec, folder, files, entries[-1]) for spec in specs]
-        recommended, reason = _recommend(entries, latency, factorized=bool(source.config.ranks))
-        notes = list(notes_on(source.config, dense, report, record, certifies=request.certifies))
+        certified = [onnx_entry(one, folder, files, *_outcome(one, proof, request)) for one in (*exported, *chosen)]
+        others = [
+            onnx_entry(one, folder, files, *_outcome_of_loser(one, selected, request), certified=False)
+            for one in low
+            if one not in chosen
+        ]
+        recommended, reason = recommend(
+            _shippable(certified, exported, chosen, selected, request),
+            proof.latency,
+            factorized=bool(source.config.ranks),
+        )
+        notes = [*lost, *notes_on(source.config, dense, proof.report, record, seen, certifies=request.certifies)]
         if not_pivoted:
             notes.insert(0, note_on_pivots(not_pivoted))
         if request.asked is not None:
-            notes.insert(0, request.asked.outcome(latency[compact.onnx_name], compact.onnx_name))
+            name = exported[-1].onnx_name
+            notes.insert(0, request.asked.outcome(proof.latency[name], name))
         manifest = Manifest(
             model=source.config.model,
             class_names=source.config.class_names and list(source.config.class_names),
             preprocessing=source.config.preprocessing,
             files=files,
-            artifacts=entries,
+            artifacts=[*certified, *others, *(engine_entry(spec, one, folder, files) for spec, one in engines)],
             recommended=recommended,
             recommendation_reason=reason,
             max_drop=request.max_drop,
-            verification=report,
-            latency=latency,
-            image_sets=({"evaluation": record} if request.certifies else {}) | {**source.config.image_sets},
+            unmet=[f"{one.onnx_name}: {line}" for one in low for line in request.unmet(one)],
+            selection=selected.report if selected else None,
+            verification=proof.report,
+            latency=proof.latency,
+            image_sets=({"evaluation": record} if request.certifies else {}) | seen,
             versions=versions(),
             device=device_facts()
             | (gpu_facts() if runtime_called(request.runtime).on_gpu else {})
@@ -265,6 +343,127 @@ def export_bundle(
         )
         manifest.save(folder / MANIFEST)
     return load_bundle(out)
+
+
+def _joined(seen: Mapping[Any, ImageSetRecord], judges: Judges | None) -> dict[Any, ImageSetRecord]:
+    """The images that the model was made with, and those that its precision was chosen with, by role."""
+    joined = dict(seen)
+    for role, record in judges.records.items() if judges else ():
+        joined[role] = record.joined(joined.get(role))
+    return joined
+
+
+def _to_export(source: LoadedModel, dense: LoadedModel | None, runtime: str) -> tuple[list[Exported], list[str]]:
+    """The files in FP32, the dense model's first, and the layers that should be pivoted and could not be."""
+    module, not_pivoted = _pivoted(source)
+    exported = [
+        Exported(
+            name="factorized" if source.config.ranks else "dense",
+            runtime=runtime,
+            role="candidate",
+            model=source,
+            path="onnx/model-fp32.onnx",
+            module=module,
+        )
+    ]
+    if dense is not None:
+        yardstick = Exported(
+            name="dense",
+            runtime=runtime,
+            role="yardstick",
+            model=dense,
+            path="onnx/dense-fp32.onnx",
+            module=dense.module,
+        )
+        exported.insert(0, yardstick)
+    return exported, not_pivoted
+
+
+def _wanted(exported: Sequence[Exported], request: ExportRequest) -> Iterator[Exported]:
+    """The files of lower precision to write: of the model, and of the dense one where that is asked for.
+
+    On a GPU nobody would run the dense model in FP32: there its FP16 file is the yardstick.
+    """
+    on_gpu = runtime_called(request.runtime).on_gpu
+    for one in exported:
+        for precision in request.low_precisions:
+            is_yardstick = one.role == "yardstick" and precision == "fp16" and on_gpu
+            if one is exported[-1] or request.compare or is_yardstick:
+                path = one.fp32_path.replace("fp32", precision)
+                yield replace(one, precision=precision, role="yardstick" if is_yardstick else "candidate", path=path)
+
+
+def _lower(one: Exported, folder: Path, bench: Workbench) -> Exported:
+    """The file of lower precision, written and looked at."""
+    path = folder / one.path
+    record = write_precision(one.precision, folder / one.fp32_path, path, bench, one.name)
+    attestation = None
+    if one.runs_here:
+        bench.on_step(f"looking at what computes {one.called}")
+        attestation = attest(path, one.runtime, bench.judges.held_out(bench.batch), threads=bench.threads)
+    return replace(one, quantization=record, attestation=attestation)
+
+
+def _chosen(
+    exported: Sequence[Exported], low: Sequence[Exported], selected: Proof | None, request: ExportRequest
+) -> list[Exported]:
+    """Of the files of lower precision the one to certify: the fastest that passed, where it is faster than FP32."""
+    if selected is None:
+        return []
+    passed = [one for one in (*exported, *low) if _outcome(one, selected, request)[0] == "verified"]
+    fastest = min(passed, key=lambda one: selected.latency[one.onnx_name].ratio, default=None)
+    return [fastest] if fastest is not None and fastest.precision != "fp32" else []
+
+
+def _shippable(
+    certified: Sequence[ArtifactEntry],
+    exported: Sequence[Exported],
+    chosen: Sequence[Exported],
+    selected: Proof | None,
+    request: ExportRequest,
+) -> list[ArtifactEntry]:
+    """Of the certified files the yardstick and those that the selection images let pass, where there was a choice."""
+    if selected is None:
+        return list(certified)
+    passed = {one.onnx_name for one in (*exported, *chosen) if _outcome(one, selected, request)[0] == "verified"}
+    return [entry for entry in certified if entry.name in passed or entry.role == "yardstick"]
+
+
+def _outcome(one: Exported, proof: Proof | None, request: ExportRequest) -> tuple[Status, str | None]:
+    """Status of a file by what the images of `proof` showed, and why."""
+    if not one.runs_here:
+        return "built, not run", f"{one.runtime} runs no files in {one.precision}"
+    assert proof is not None
+    failures = [*request.unmet(one), *proof.failures(one)]
+    return ("failed", "; ".join(failures)) if failures else ("verified", None)
+
+
+def _outcome_of_loser(one: Exported, selected: Proof | None, request: ExportRequest) -> tuple[Status, str | None]:
+    """The same of a file that was not chosen: it was run on the selection images alone."""
+    status, reason = _outcome(one, selected, request)
+    return status, reason or "it passed on the selection images and is slower here than what was chosen"
+
+
+def engine_entry(spec: EngineSpec, one: Exported, folder: Path, files: dict[str, str]) -> ArtifactEntry:
+    """What the manifest keeps of an engine that was built from the file `one`."""
+    reason = "built for a device that is not here"
+    if one.quantization and (one.quantization.high or one.quantization.weight_bits < 8):
+        reason += f", from a file that was mixed and calibrated for {one.runtime} on this one"
+    entry = onnx_entry(one, folder, files, "built, not run", reason, certified=False)
+    path = _engine_path(spec, one)
+    return entry.model_copy(
+        update={
+            "name": f"{one.called}, {spec.backend}",
+            "path": path,
+            "kind": "engine",
+            "runtime": ORT_CPU,
+            "role": "candidate",
+            "sha256": files[path],
+            "size_bytes": (folder / path).stat().st_size,
+            "spec": EngineRecord.of(spec),
+            "attestation": None,
+        }
+    )
 
 
 def _images_to_judge_by(request: ExportRequest, source: LoadedModel) -> ImageSet:
@@ -286,11 +485,11 @@ def _pivoted(source: LoadedModel) -> tuple[nn.Module, list[str]]:
     return module, pivot_layers(module, source.config.pivoted)
 
 
-def _engine_path(spec: EngineSpec) -> str:
-    return f"engines/model-fp32-{spec.backend}.engine"
+def _engine_path(spec: EngineSpec, one: Exported) -> str:
+    return f"engines/model-{one.precision}-{spec.backend}.engine"
 
 
-def _export_onnx(exported: _Exported, folder: Path, request: ExportRequest) -> None:
+def _export_onnx(exported: Exported, folder: Path, request: ExportRequest) -> None:
     onnx_from_module(
         exported.module,
         folder / exported.path,
@@ -299,104 +498,3 @@ def _export_onnx(exported: _Exported, folder: Path, request: ExportRequest) -> N
         opset=request.opset,
         max_batch=request.batches[2],
     )
-
-
-def _prove(
-    exported: list[_Exported],
-    folder: Path,
-    images: ImageSet,
-    request: ExportRequest,
-    on_step: Callable[[str], None],
-) -> tuple[VerifyReport, dict[str, LatencyStats]]:
-    """Verify every step on all images, write the golden outputs, and measure latency at the usual batch.
-
-    The chain: dense, dense on ONNX Runtime; factorized against dense; factorized on ONNX Runtime at two batches. The
-    latency of everything is compared with the yardstick on ONNX Runtime, or without one with the model itself.
-    """
-    smallest, usual, _ = request.batches
-    golden, _ = next(iter(images.batches(GOLDEN_IMAGES)))
-    stages: list[Stage] = []
-    runners: dict[str, Runner] = {}
-    golden_logits: dict[str, np.ndarray] = {}
-    with ExitStack() as opened:
-        for one in exported:
-            torch_runner = opened.enter_context(TorchRunner(one.model.module, name=one.torch_name))
-            onnx_runner = opened.enter_context(
-                open_runner(request.runtime, folder / one.path, name=one.onnx_name, threads=request.threads)
-            )
-            first = stages[0].name if stages else None
-            chain: list[tuple[str, Runner, int, str, str | None]] = [
-                (one.torch_name, torch_runner, TORCH_BATCH, "lowrank", first)
-            ]
-            for batch in dict.fromkeys((smallest, usual) if one.role == "candidate" else (usual,)):
-                chain.append((f"{one.onnx_name}, batch {batch}", onnx_runner, batch, "fp32", chain[-1][0]))
-            for name, runner, batch, kind, compared_with in chain:
-                stages.append(Stage(name=name, runner=runner, batch_size=batch, kind=kind, compared_with=compared_with))
-                one.stages.append(name)
-            runners[one.onnx_name] = onnx_runner
-            runners[one.torch_name] = torch_runner
-            golden_logits[one.path] = torch_runner(golden)
-        report = verify(
-            stages,
-            images,
-            thresholds=thresholds_with_drop(request.max_drop),
-            progress=lambda done, total: on_step(f"verifying every step: {done} of {total} images"),
-        )
-        on_step("measuring latency")
-        write_golden(folder / GOLDEN, golden, golden_logits)
-        batch_images = np.resize(golden, (usual, *golden.shape[1:]))
-        return report, paired_latency(runners, batch_images, repeats=request.repeats)
-
-
-def _onnx_entry(exported: _Exported, folder: Path, files: dict[str, str], report: VerifyReport) -> ArtifactEntry:
-    failed = [stage for stage in report.stages if stage.name in exported.stages and not stage.passed]
-    cost = trace_cost(exported.module, [], exported.model.config.preprocessing.input_size)
-    return ArtifactEntry(
-        name=exported.onnx_name,
-        path=exported.path,
-        kind="onnx",
-        runtime=exported.runtime,
-        precision="fp32",
-        role=exported.role,
-        status="failed" if failed else "verified",
-        reason="; ".join(f"{stage.name}: {', '.join(stage.failures)}" for stage in failed) or None,
-        sha256=files[exported.path],
-        size_bytes=(folder / exported.path).stat().st_size,
-        macs=cost.dense_macs,
-        params=cost.dense_params,
-    )
-
-
-def _engine_entry(spec: EngineSpec, folder: Path, files: dict[str, str], compact: ArtifactEntry) -> ArtifactEntry:
-    path = _engine_path(spec)
-    return ArtifactEntry(
-        name=compact.name.replace(runtime_called(compact.runtime).label, spec.backend),
-        path=path,
-        kind="engine",
-        precision="fp32",
-        role="candidate",
-        status="built, not run",
-        reason="built for a device that is not here",
-        sha256=files[path],
-        size_bytes=(folder / path).stat().st_size,
-        macs=compact.macs,
-        params=compact.params,
-        spec=EngineRecord.of(spec),
-    )
-
-
-def _recommend(
-    entries: list[ArtifactEntry], latency: dict[str, LatencyStats], *, factorized: bool
-) -> tuple[str | None, str]:
-    """The fastest artefact that ran here and passed its gate, and why; the yardstick when nothing beats it."""
-    verified = [entry for entry in entries if entry.status == "verified"]
-    if not verified:
-        return None, "nothing passed its gate"
-    if not any(entry.role == "yardstick" for entry in entries):
-        if factorized:
-            return None, "without the dense model nothing is known of what low rank costs; name it with --reference"
-        return verified[0].name, "it passed every gate"
-    best = min(verified, key=lambda entry: latency[entry.name].ratio)
-    if best.role == "yardstick":
-        return best.name, "the factorized model is slower here or failed its gate: ship the dense one"
-    return best.name, f"it passed every gate and takes {latency[best.name].ratio:.2f} of the dense model's time"

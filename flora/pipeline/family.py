@@ -30,6 +30,7 @@ class FamilyMember(BaseModel):
 
     budget: str
     bundle: str
+    precision: str
     macs: int
     params: int
     size_bytes: int
@@ -100,13 +101,18 @@ def _dense_top1(bundle: Bundle) -> float | None:
 
 def _member(budget: str, bundle: Bundle) -> FamilyMember:
     manifest = bundle.manifest
-    (entry,) = (entry for entry in manifest.artifacts if entry.kind == "onnx" and entry.role == "candidate")
+    candidates = [entry for entry in manifest.artifacts if entry.kind == "onnx" and entry.role == "candidate"]
+    # What the budget gave: the file that is to be shipped, or where that is the dense one, the model in FP32.
+    entry = next((one for one in candidates if one.name == manifest.recommended), candidates[0])
     assert manifest.verification is not None
     stage = next(stage for stage in manifest.verification.stages if stage.name.startswith(f"{entry.name},"))
-    lowrank = next(stage for stage in manifest.verification.stages if stage.kind == "lowrank" and stage.compared_with)
+    against_dense = [one for one in manifest.verification.stages if one.kind == "lowrank" and one.compared_with]
+    own = [one for one in against_dense if one.name.startswith(f"{entry.name},")]
+    lowrank = (own or against_dense)[0]
     return FamilyMember(
         budget=budget,
         bundle=bundle.folder.name,
+        precision=entry.precision,
         macs=entry.macs or 0,
         params=entry.params or 0,
         size_bytes=entry.size_bytes,

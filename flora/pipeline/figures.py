@@ -1,4 +1,4 @@
-"""The figures of a search, on one page that needs no network: ranks by layer, and score against MACs."""
+"""Figures, on pages that need no network: ranks by layer, score against MACs, error by layer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.io import to_html
 
+from calibrate.sensitivity import LayerError
 from flora.ranks.config import RankConfig
 from flora.ranks.cost import ModelCost, Rank
 from flora.ranks.evolution import SearchState, pareto
@@ -24,8 +25,25 @@ def write_figures(
         to_html(_ranks_by_layer(configs, cost), full_html=False, include_plotlyjs=True),
         to_html(_scores_by_macs(states, cost, fitness), full_html=False, include_plotlyjs=False),
     ]
-    page = "\n".join(("<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', "<title>flora search</title>"))
-    path.write_text(f"{page}\n</head><body>\n{''.join(parts)}\n</body></html>\n", encoding="utf-8")
+    _write_page(path, "flora search", parts)
+
+
+def write_sensitivity(path: Path, layers: Sequence[LayerError]) -> None:
+    """Write one HTML page with the error of each layer alone in low precision."""
+    worst_last = layers[::-1]
+    bars = go.Bar(x=[error.sqnr_db for error in worst_last], y=[error.layer for error in worst_last], orientation="h")
+    layout = {
+        "title": "Each layer alone in INT8: the lower, the more sensitive",
+        "xaxis": {"title": "signal to quantization noise of the logits, dB"},
+        "yaxis": {"automargin": True},
+        "height": 200 + 18 * len(layers),
+    }
+    _write_page(path, "flora sensitivity", [to_html(go.Figure(bars, layout), full_html=False, include_plotlyjs=True)])
+
+
+def _write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>{title}</title>'
+    path.write_text(f"{head}\n</head><body>\n{''.join(parts)}\n</body></html>\n", encoding="utf-8")
 
 
 def _ranks_by_layer(configs: Mapping[str, RankConfig], cost: ModelCost) -> go.Figure:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.images import ImageSet, LabelledImages
+from export.images import ChoosableImages, ImageSet, LabelledImages
 from flora.errors import InputError, few
 from flora.imagesets import ImageSetRecord, ImageSetSpec
 from flora.preprocessing import Preprocessing
@@ -15,11 +15,13 @@ from flora.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from flora.training.data import TimmImages
 
+# The part of the calibration images that is held out to choose by, where no others are given.
+HELD_OUT = "1/4"
 # Above this many images, their digests are not recorded: an overlap with them is not looked for.
 MOST_DIGESTS = 100_000
 
 
-def open_images(text: str, preprocessing: Preprocessing) -> ImageSet:
+def open_images(text: str, preprocessing: Preprocessing) -> ChoosableImages:
     """The image set that `text` names (see `ImageSetSpec.parse`), preprocessed for one model."""
     if not ImageSetSpec.parse(text).name:
         return LabelledImages(text, preprocessing)
@@ -28,6 +30,16 @@ def open_images(text: str, preprocessing: Preprocessing) -> ImageSet:
     except ImportError as error:
         raise InputError(f"{text} is read through torch and timm, which are not installed ({error}).") from error
     return TimmImages(text, preprocessing)
+
+
+def calibration_and_selection(calib_data: str, select_data: str | None) -> tuple[str, str]:
+    """The images to calibrate on and those to choose by: two parts of `calib_data` where the second is not given."""
+    if select_data is not None:
+        return calib_data, select_data
+    spec = ImageSetSpec.parse(calib_data)
+    if spec.fold or spec.left_out:
+        raise InputError(f"{calib_data} is a part of a set already; say what to choose by with --select-data.")
+    return f"{calib_data},except={HELD_OUT}", f"{calib_data},fold={HELD_OUT}"
 
 
 def check_classes(images: ImageSet, classes: int | None) -> None:

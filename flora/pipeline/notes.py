@@ -1,7 +1,8 @@
 """The notes of a bundle: what its user should know that no figure says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from export.benchmark import LatencyStats
 from export.verify import VerifyReport
@@ -50,6 +51,7 @@ def notes_on(
     dense: LoadedModel | None,
     report: VerifyReport,
     evaluation: ImageSetRecord,
+    seen: Mapping[Any, ImageSetRecord],
     *,
     certifies: bool,
 ) -> Iterator[str]:
@@ -74,7 +76,7 @@ def notes_on(
         )
     if report.stages[0].top1 is None:
         yield "The images have no labels: agreement with the dense model stands in for accuracy."
-    if certifies and (unchecked := list(_unchecked(config, evaluation))):
+    if certifies and (unchecked := list(_unchecked(seen, evaluation))):
         yield (
             f"Without the digests of all images, streamed or above {MOST_DIGESTS:,} for training, it was not checked "
             f"whether evaluation images are among the {' and the '.join(unchecked)}."
@@ -110,7 +112,7 @@ def _layers_with_few_tokens(config: ModelConfig, dense: LoadedModel) -> list[str
     return layers_with_few_tokens(cost, calibration.images)
 
 
-def _unchecked(config: ModelConfig, evaluation: ImageSetRecord) -> Iterator[str]:
-    for role, seen in config.image_sets.items():
-        if seen.image_digests is None or evaluation.image_digests is None:
-            yield f"{role} images ({seen.spec})"
+def _unchecked(seen: Mapping[Any, ImageSetRecord], evaluation: ImageSetRecord) -> Iterator[str]:
+    for role, record in seen.items():
+        if record.image_digests is None or evaluation.image_digests is None:
+            yield f"{role} images ({record.spec})"

@@ -76,7 +76,7 @@ def plan_training_free(model: LoadedModel, request: TrainingFreeRequest) -> Plan
     """The plan of a compression without training; `InputError` for a budget that it would refuse."""
     cost = check_budget(model, request)
     calibration, selection = (_count(model, text) for text in request.image_sets)
-    evaluation = _count(model, request.export.judged_by(request.image_sets[1]).eval_data or "")
+    evaluation = _count(model, request.export.eval_data or request.image_sets[1])
     pass_s = _seconds_of_a_pass(model, request.device)
     # The moments of a layer's inputs: so many multiplications more than a pass has.
     moments = sum(layer.tokens * layer.in_features**2 for layer in cost.layers) / cost.dense_macs
@@ -98,7 +98,7 @@ def plan_supernet(model: LoadedModel, request: CompressRequest) -> Plan:
     cost = check_budget(model, request)
     space = request.space_of(cost)
     calibration, selection, training = (_count(model, text) for text in request.image_sets)
-    evaluation = _count(model, request.export.judged_by(at_most(request.image_sets[1], SEARCH_IMAGES)).eval_data or "")
+    evaluation = _count(model, request.export.eval_data or at_most(request.image_sets[1], SEARCH_IMAGES))
     filtered, searched = min(selection, FILTER_IMAGES), min(selection, SEARCH_IMAGES)
     pass_s = _seconds_of_a_pass(model, request.device)
     runs = sum(

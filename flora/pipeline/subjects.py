@@ -8,11 +8,14 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import onnx
 import torch
 import torch.nn.functional as F
 from onnx import ModelProto
 from torch import Tensor, nn
 
+from calibrate.ranges import unit_ranges
+from calibrate.static import quantize_onnx
 from export.engines import EngineSpec, engine_from_onnx
 from export.graphs import RESIDUAL, graph_at_ranks, site_graph
 from export.runners import Runner
@@ -66,11 +69,24 @@ class Graphs:
         return self._open(path, batch, precision)
 
     def _open(self, path: Path, batch: int, precision: str) -> Runner:
+        if precision == "int8":
+            _quantize(path)
+            precision = "fp32"  # of what is left
         if self._runtime != TENSORRT:
             return open_runner(self._runtime, path, threads=self._threads, precision=precision)
         engine = path.with_suffix(".engine")
         engine_from_onnx(path, engine, EngineSpec(backend=TENSORRT, min_batch=batch, opt_batch=batch, max_batch=batch))
         return TensorRtRunner(engine)
+
+
+def _quantize(path: Path) -> None:
+    """Put the file in INT8. Its batch becomes open, as in a model's file: where it is fixed, ONNX Runtime makes a
+    product and its bias one in FP32 before it looks for what to compute in INT8."""
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(model, path)
+    quantize_onnx(path, path, unit_ranges(path))
 
 
 class Modules:

@@ -13,17 +13,16 @@ import torch
 
 from export.bundle import MANIFEST, Bundle, load_bundle
 from flora.artifact import check_replaceable
-from flora.errors import InputError
-from flora.imagesets import ImageSetSpec
 from flora.lowrank.checkpoint import LoadedModel, load_supernet
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.compensate import compensate_job
 from flora.pipeline.drop import ranks_within_drop
 from flora.pipeline.export import ExportRequest, export_job
-from flora.pipeline.images import certified_images, names_by_digest, refuse_duplicates
+from flora.pipeline.images import calibration_and_selection, certified_images, names_by_digest, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest
+from flora.pipeline.precision import refuse_streamed
 from flora.pipeline.search import budget_slug
 from flora.pipeline.sensitivity import SensitivityRequest, allocated_ranks, measure_sensitivity
 from flora.pipeline.timed import check_budget, latency_request, table_of, timed_export
@@ -33,7 +32,6 @@ from flora.ranks.space import SearchSpace, space_from_multiples, space_from_text
 from flora.training.data import TimmImages
 from flora.training.processes import is_main, processes, wait
 
-HELD_OUT = "1/4"
 CPU = torch.device("cpu")
 
 
@@ -59,12 +57,7 @@ class TrainingFreeRequest:
     @property
     def image_sets(self) -> tuple[str, str]:
         """Calibration and selection images: two parts of `calib_data` where the second is not given."""
-        if self.select_data is not None:
-            return self.calib_data, self.select_data
-        spec = ImageSetSpec.parse(self.calib_data)
-        if spec.fold or spec.left_out:
-            raise InputError(f"{self.calib_data} is a part of a set already; say what to choose by with --select-data.")
-        return f"{self.calib_data},except={HELD_OUT}", f"{self.calib_data},fold={HELD_OUT}"
+        return calibration_and_selection(self.calib_data, self.select_data)
 
     def space_of(self, cost: ModelCost) -> SearchSpace:
         """What ranks are chosen from; ranks above break-even are for the pivoted form."""
@@ -160,7 +153,7 @@ def compress_training_free(
             on_layer=lambda done, layers: on_step(f"compensating: {done} of {layers} layers"),
         )
     if is_main():
-        export = timed_export(request.export.judged_by(selection), request.latency, ranks, table)
+        export = timed_export(request.export.made_with(calibration, selection), request.latency, ranks, table)
         export_job(with_reference_of(compact, shipped), export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)
@@ -171,6 +164,8 @@ def refuse_early(model: LoadedModel, request: TrainingFreeRequest) -> ModelCost:
     cost, preprocessing = check_budget(model, request), model.config.preprocessing
     request.export.engine_specs()
     parts = [TimmImages(text, preprocessing) for text in request.image_sets]
+    if request.export.low_precisions:
+        refuse_streamed(parts[0], request.calib_data)
     calibration, selection = (part.record() for part in parts)
     if request.select_data is None:
         refuse_duplicates(

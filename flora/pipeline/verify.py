@@ -1,10 +1,11 @@
 """Checking a bundle, on the machine that made it or on another: files, golden outputs, accuracy. Needs no torch."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import ArtifactEntry, Bundle, check_golden, check_hashes, load_bundle
+from export.bundle import ArtifactEntry, Bundle, Manifest, check_golden, check_hashes, load_bundle
 from export.runners import Runner
 from export.runtimes import open_runner
 from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
@@ -12,6 +13,8 @@ from flora.errors import GateFailedError
 from flora.pipeline.images import certified_images
 
 BATCHES = (1, 8)
+# By so many, top-1 on other images of the same kind may differ.
+STANDARD_ERRORS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def verify_bundle(
         classes = len(manifest.class_names) if manifest.class_names else None
         seen = {role: record for role, record in manifest.image_sets.items() if role != "evaluation"}
         images = certified_images(data, manifest.preprocessing, classes, seen)
-    runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx"]
+    runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx" and entry.certified]
     with ExitStack() as opened:
         runners = {
             entry.name: opened.enter_context(
@@ -66,8 +69,31 @@ def verify_bundle(
         else:
             drop = manifest.max_drop if max_drop is None else max_drop
             report = verify(_stages(runnable, runners), images, thresholds=thresholds_with_drop(drop))
-    not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry.kind == "engine"]
+            problems += _problem_of_images(manifest, report, drop)
+    not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry not in runnable]
     return BundleCheck(bundle=bundle, problems=problems, not_run=not_run, report=report)
+
+
+def _problem_of_images(manifest: Manifest, report: VerifyReport, drop: float) -> list[str]:
+    """A line where the first model is much less often right than at export: then it is the images that differ.
+
+    All stages see the same arrays, so that a wrong normalization or order of channels makes none depart from another.
+    """
+    now = report.stages[0]
+    name = now.name.rpartition(", batch ")[0]
+    certified = "evaluation" in manifest.image_sets  # figures of selection images flatter
+    stages = manifest.verification.stages if manifest.verification and certified else []
+    before = next((stage for stage in stages if stage.name.rpartition(", batch ")[0] == name), None)
+    if before is None or before.top1 is None or now.top1 is None:
+        return []
+    error = math.hypot(before.top1_standard_error or 0.0, now.top1_standard_error or 0.0)
+    if before.top1 - now.top1 <= drop + STANDARD_ERRORS * error:
+        return []
+    return [
+        f"images: {name} is right on {now.top1:.2f} % of these and was on {before.top1:.2f} % at export. Look at how "
+        "they are preprocessed (normalization, order of channels), at their labels, and whether they are of the same "
+        "kind"
+    ]
 
 
 def _stages(entries: list[ArtifactEntry], runners: dict[str, Runner]) -> list[Stage]:

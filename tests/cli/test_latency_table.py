@@ -31,7 +31,7 @@ def test_it_writes_a_table_and_says_from_which_ranks_on_factors_do_not_pay(
 def test_batches_and_precisions_that_cannot_be_measured_are_refused(worked: WorkedExample, tmp_path):
     for option, value, message in (
         ("--batch", "many", "are no batch sizes; write 1,8,32"),
-        ("--precision", "int8", "ort-cpu is measured in fp32, given: int8"),
+        ("--precision", "fp16", "ort-cpu is measured in fp32 and int8, given: fp16"),
         ("--runtime", "ort-gpu", "Did you mean ort-cpu"),
         ("--layers", "norm", "No linear layer is selected by norm"),
     ):

@@ -14,6 +14,7 @@ from tests.flora_command import flora, leftovers
 def member(budget: str, top1: float | None, ratio: float, **changes) -> FamilyMember:
     defaults = {
         "budget": budget,
+        "precision": "fp32",
         "bundle": budget,
         "macs": 1,
         "params": 1,

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 
+from export.attestation import attest
 from export.graphs import linear_sites
 from export.onnx import onnx_from_module
 from export.runtimes import RUNTIMES
@@ -116,7 +117,7 @@ def test_what_is_no_table_is_not_replaced(device, model, tmp_path):
     ("changes", "message"),
     [
         ({"runtime": "ort"}, "no runtime; give one of .* Did you mean"),
-        ({"precisions": ("int8",)}, "ort-cpu is measured in fp32, given: int8"),
+        ({"precisions": ("fp16",)}, "ort-cpu is measured in fp32 and int8, given: fp16"),
         ({"batches": (0,)}, "at least 1, given: 0"),
         ({"minutes": 0}, "Minutes to measure for must be more than 0"),
         ({"points": 1}, "At least 2 points"),
@@ -224,3 +225,18 @@ def test_shapes_are_measured_at_ranks_that_kernels_run_fast_and_at_the_break_eve
     small = Site(in_features=48, out_features=48, tokens=5)
     assert _measured_ranks(small, 3) == (1, 12, 24)
     assert _pivoted_ranks(small, 3) == (16, 32)
+
+
+@pytest.mark.parametrize("rank", ["dense", 8])
+def test_a_layer_timed_in_int8_computes_in_int8(model, tmp_path, rank):
+    path, cost = tmp_path / "dense.onnx", trace_cost(model.module, find_targets(model.module, LAYERS), IMAGE)
+    onnx_from_module(model.module, path, preprocessing=GREY)
+    graphs = Graphs(onnx.load(path), cost, tmp_path, runtime="ort-cpu", threads=1)
+    site = Site(in_features=48, out_features=96, tokens=17, after=("Add", "Gelu"))
+    x = np.random.default_rng(0).standard_normal((4, 17, 48)).astype(np.float32)
+    with graphs.layer(site, rank, 4, "int8") as run:
+        assert run(x).shape == (4, 17, 96)
+    assert attest(tmp_path / "layer.onnx", "ort-cpu", x, threads=1).shares == {"int8": 1.0}
+    with graphs.model(dict.fromkeys(cost.shapes, rank), (), 4, "int8") as run:
+        assert run(random_images(4).numpy()).shape == (4, 10)
+    assert attest(tmp_path / "model.onnx", "ort-cpu", random_images(4).numpy(), threads=1).products["int8"] > 10

@@ -421,7 +421,7 @@ def test_the_bundle_says_whether_the_latency_that_was_asked_for_was_measured(
             for name, ratio in ratios.items()
         }
 
-    monkeypatch.setattr("flora.pipeline.export.paired_latency", timed)
+    monkeypatch.setattr("flora.pipeline.proof.paired_latency", timed)
     asked = request(worked, budget="latency=0.8x", latency_table=tmp_path / "latency.json")
     run(worked, tmp_path / "bundle", asked)
     note, *_ = load_bundle(tmp_path / "bundle").manifest.notes

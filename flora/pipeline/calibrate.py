@@ -1,0 +1,225 @@
+"""Quantizing one ONNX file, and how sensitive its layers are: without a bundle, a gate, or torch."""
+
+import tempfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from pydantic import ValidationError
+
+from calibrate.choose import Trial
+from calibrate.files import check_not_quantized
+from calibrate.float8 import quantize_onnx_to_float8
+from calibrate.mixed import products_by_layer, write_mixed
+from calibrate.ranges import measure_ranges
+from calibrate.sensitivity import LayerError, layer_errors, sqnr_db
+from export.bundle import QuantizationRecord, load_bundle, size_of
+from export.comparison import Comparison, compare
+from export.onnx import load_onnx
+from export.runtimes import ORT_CPU, open_runner, runtime_called
+from flora.artifact import Document, check_replaceable, new_folder
+from flora.errors import InputError, few, near_matches
+from flora.imagesets import ImageSetRecord
+from flora.pipeline.figures import write_sensitivity
+from flora.pipeline.precision import ERROR_IMAGES, LAYER_IMAGES, Judges, int8_trials, open_judges
+from flora.preprocessing import Preprocessing
+
+BATCH = 16
+SENSITIVITY = "int8-sensitivity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRequest:
+    """`data` needs no labels; without `select_data` every fourth image of it is held out to measure errors on.
+
+    Layers of `keep` stay in FP32.
+    """
+
+    data: str
+    select_data: str | None = None
+    images: int = 128
+    seed: int = 0
+    runtime: str = ORT_CPU
+    threads: int | None = None
+    keep: tuple[str, ...] = ()
+
+
+class Calibrated(Document):
+    """What `flora calibrate` wrote: agreement and cosine with the FP32 file on `held_out` images."""
+
+    source: str
+    precision: str
+    quantization: QuantizationRecord
+    held_out: int
+    agreement: float
+    cosine: float
+    sqnr_db: float
+    size_bytes: int
+    source_bytes: int
+    image_sets: dict[str, ImageSetRecord]
+
+
+class Sensitivity(Document):
+    """What `flora sensitivity` found, the most sensitive layer first."""
+
+    source: str
+    images: int
+    method: str
+    layers: list[LayerError]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An ONNX file in FP32, how images become its input, and what certified its bundle if it comes out of one."""
+
+    path: Path
+    preprocessing: Preprocessing
+    classes: int | None
+    bundle: Path | None = None
+    evaluation: ImageSetRecord | None = None
+
+
+def find_source(path: Path) -> Source:
+    """The ONNX file `path`, or that of a bundle's model in FP32; `InputError` where there is none that flora wrote."""
+    folder, evaluation = None, None
+    if path.is_dir():
+        bundle = load_bundle(path)
+        folder, evaluation = path, bundle.manifest.image_sets.get("evaluation")
+        files = [entry for entry in bundle.manifest.artifacts if entry.kind == "onnx" and entry.precision == "fp32"]
+        path = bundle.path_of(next((entry for entry in files if entry.role == "candidate"), files[0]))
+    model = load_onnx(path)
+    check_not_quantized(path)
+    described = {entry.key: entry.value for entry in model.metadata_props}
+    try:
+        preprocessing = Preprocessing.model_validate_json(described["flora.preprocessing"])
+    except (KeyError, ValidationError) as error:
+        raise InputError(
+            f"{path} does not say how images become its input; give an ONNX file that flora export wrote, or a bundle."
+        ) from error
+    shape = model.graph.output[0].type.tensor_type.shape.dim
+    return Source(
+        path=path,
+        preprocessing=preprocessing,
+        classes=shape[-1].dim_value or None if shape else None,
+        bundle=folder,
+        evaluation=evaluation,
+    )
+
+
+def calibrate(
+    model: Path, out: Path, precision: str, request: CalibrationRequest, *, on_step: Callable[[str], None]
+) -> Calibrated:
+    """Write the ONNX file `out`: `model` in INT8, calibrated the way that costs least, or in FP8."""
+    source = find_source(model)
+    if out.resolve() == source.path.resolve() or (
+        source.bundle and out.resolve().is_relative_to(source.bundle.resolve())
+    ):
+        raise InputError(f"{out} lies in what is quantized, which stays as it is; give another place.")
+    if precision not in runtime_called(request.runtime).files:
+        allowed = ", ".join(runtime_called(request.runtime).files)
+        raise InputError(
+            f"{request.runtime} runs no files in {precision}, only {allowed}; measure on another --runtime."
+        )
+    judges = _judges(source, request)
+    images = judges.held_out(ERROR_IMAGES)
+    with tempfile.TemporaryDirectory() as scratch:
+        if precision == "fp8":
+            on_step("calibrating: min-max")
+            ranges = measure_ranges(source.path, judges.batches(), "min-max", threads=request.threads)
+            low = Path(scratch) / "fp8.onnx"
+            quantize_onnx_to_float8(source.path, low, ranges)
+            record = QuantizationRecord(images=ranges.images, method=ranges.method, basis="plain")
+            high = source.path
+        else:
+            trials = _trials(source.path, Path(scratch), judges, request, on_step)
+            high, low = trials[0].source, trials[0].quantized
+            record = QuantizationRecord(
+                images=len(judges.calibration),
+                method=trials[0].method,
+                basis=trials[0].basis,
+                weight_bits=trials[0].weight_bits,
+                trials={trial.name: round(trial.sqnr_db, 2) for trial in trials},
+                high=dict.fromkeys(request.keep, "asked for"),
+            )
+        layers = products_by_layer(onnx.load(high), onnx.load(low))
+        _check_layers(request.keep, layers)
+        write_mixed(
+            high, low, out, [name for layer, names in layers.items() if layer not in request.keep for name in names]
+        )
+    expected, found = (_logits(file, images, request) for file in (source.path, out))
+    difference: Comparison = compare(expected, found)
+    return Calibrated(
+        source=str(model),
+        precision=precision,
+        quantization=record,
+        held_out=len(images),
+        agreement=float(difference.agrees.mean()),
+        cosine=float(difference.cosine.mean()),
+        sqnr_db=sqnr_db(expected, found),
+        size_bytes=size_of(out),
+        source_bytes=size_of(source.path),
+        image_sets=judges.records,
+    )
+
+
+def measured_sensitivity(
+    model: Path, out: Path, request: CalibrationRequest, *, on_step: Callable[[str], None]
+) -> Sensitivity:
+    """The error of each layer of `model` alone in INT8, on held-out images; a table and a figure go to `out`."""
+    check_replaceable(out, marker=SENSITIVITY)
+    source = find_source(model)
+    judges = _judges(source, request)
+    images = judges.held_out(LAYER_IMAGES)
+    with tempfile.TemporaryDirectory() as scratch:
+        best = _trials(source.path, Path(scratch), judges, request, on_step)[0]
+        layers = layer_errors(
+            best.source,
+            best.quantized,
+            images,
+            threads=request.threads,
+            on_layer=lambda done, count: on_step(f"measuring layers: {done} of {count}"),
+        )
+    found = Sensitivity(source=str(model), images=len(images), method=best.name, layers=layers)
+    with new_folder(out, marker=SENSITIVITY) as folder:
+        found.save(folder / SENSITIVITY)
+        write_sensitivity(folder / "int8-sensitivity.html", layers)
+    return found
+
+
+def _judges(source: Source, request: CalibrationRequest) -> Judges:
+    judges = open_judges(
+        request.data,
+        request.select_data,
+        source.preprocessing,
+        source.classes,
+        count=request.images,
+        seed=request.seed,
+    )
+    if source.evaluation is not None:
+        for role, record in judges.records.items():
+            record.refuse_overlap(source.evaluation, own_role=role, other_role="evaluation")
+    return judges
+
+
+def _trials(
+    source: Path, folder: Path, judges: Judges, request: CalibrationRequest, on_step: Callable[[str], None]
+) -> list[Trial]:
+    def logits(file: Path, images: np.ndarray) -> np.ndarray:
+        return _logits(file, images, request)
+
+    return int8_trials(source, folder, judges, logits, request.threads, lambda trial: on_step(f"calibrating: {trial}"))
+
+
+def _logits(path: Path, images: np.ndarray, request: CalibrationRequest) -> np.ndarray:
+    with open_runner(request.runtime, path, threads=request.threads) as run:
+        return np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def _check_layers(keep: Collection[str], layers: Collection[str]) -> None:
+    if unknown := [layer for layer in keep if layer not in layers]:
+        raise InputError(
+            f"{few(unknown)}: no such layer has a product to quantize; there are {few(list(layers), 5)}."
+            f"{near_matches(unknown[0], layers)}"
+        )

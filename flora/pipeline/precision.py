@@ -1,0 +1,298 @@
+"""Lower precisions of an exported model: calibrated by measurement, mixed until the gate holds.
+
+Everything is chosen on the selection images and on the runtime that the files are for. A layer goes to INT8 only where
+that saves time; where the gate fails, layers go back, those first that lose most for the time they save.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from calibrate.batches import balanced_choice
+from calibrate.choose import Trial, quantize_best
+from calibrate.float8 import quantize_onnx_to_float8
+from calibrate.half import check_fits_fp16, half_onnx
+from calibrate.mixed import kind_of, products_by_layer, write_mixed
+from calibrate.ranges import measure_ranges
+from calibrate.sensitivity import LayerError, fewest, layer_errors, order_of_return, sqnr_db
+from export.benchmark import paired_latency
+from export.bundle import QuantizationRecord
+from export.images import ChoosableImages, ImageSet
+from export.runtimes import open_runner, runtime_called
+from export.tally import Tally
+from export.verify import Thresholds, judged
+from flora.errors import InputError, near_matches
+from flora.imagesets import ImageSetRecord, at_most
+from flora.pipeline.images import Unlabelled, calibration_and_selection, labels_are_classes, open_images
+from flora.preprocessing import Preprocessing
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+CALIBRATED = ("int8", "fp8")
+CALIBRATION_BATCH = 4
+SELECTION_IMAGES = 2000
+# Images that the error of each trial, and of each layer, is measured on: logits are many numbers an image.
+ERROR_IMAGES = 64
+LAYER_IMAGES = 16
+LATENCY_REPEATS = 11
+
+
+def precisions_asked(names: Sequence[str], runtime: str, *, has_engines: bool) -> tuple[str, ...]:
+    """The precisions to build, FP32 first; `auto` stands for those that can pay on the runtime.
+
+    `InputError` for one that neither the runtime nor an engine can take.
+    """
+    allowed = PRECISIONS if has_engines else runtime_called(runtime).files
+    found = ["fp32"]
+    for name in names:
+        if name not in (*PRECISIONS, "auto"):
+            raise InputError(
+                f"{name!r} is no precision; give {', '.join(PRECISIONS)} or auto.{near_matches(name, PRECISIONS)}"
+            )
+        if name != "auto" and name not in allowed:
+            raise InputError(
+                f"{runtime} runs no files in {name}, only {', '.join(allowed)}; "
+                "leave it out, or build an engine that takes it with --to."
+            )
+        found += runtime_called(runtime).worthwhile if name == "auto" else [name]
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Images by purpose: `calibration` for ranges, `selection` for every choice.
+
+    `spread` are the selection images that errors are measured on where all take too long, as many of each class.
+    """
+
+    calibration: ImageSet
+    selection: ImageSet
+    spread: ChoosableImages
+    records: dict[str, ImageSetRecord]
+
+    def batches(self) -> "_Batches":
+        return _Batches(self.calibration)
+
+    def held_out(self, count: int) -> np.ndarray:
+        """Selection images [count, C, H, W], or as many as there are, as many of each class."""
+        return next(iter(spread_over(self.spread, count).batches(count)))[0]
+
+
+def refuse_streamed(images: ImageSet, text: str) -> None:
+    """Raise `InputError` for images that come in an order of their own."""
+    if getattr(images, "is_streamed", False):
+        raise InputError(
+            f"{text} is streamed; images for lower precisions are chosen by class, so name some that are read by index."
+        )
+
+
+def spread_over(images: ChoosableImages, count: int, *, seed: int = 0) -> ChoosableImages:
+    """`count` of the images, as many of each class: sets come in the order of their classes."""
+    return images.chosen(balanced_choice(np.asarray(images.labels()), count, seed=seed))
+
+
+def open_judges(
+    calib_data: str,
+    select_data: str | None,
+    preprocessing: Preprocessing,
+    classes: int | None,
+    *,
+    count: int,
+    seed: int,
+) -> Judges:
+    """`count` calibration images, balanced by class, and up to 2,000 selection images; refused where they overlap."""
+    calibration_text, selection_text = calibration_and_selection(calib_data, select_data)
+    calibration = open_images(calibration_text, preprocessing)
+    refuse_streamed(calibration, calibration_text)
+    refuse_streamed(selection := open_images(at_most(selection_text, SELECTION_IMAGES), preprocessing), selection_text)
+    chosen = spread_over(calibration, count, seed=seed)
+    if not len(chosen) or not len(selection):
+        raise InputError(
+            f"{calibration_text} gives {len(chosen)} calibration images and {selection_text} {len(selection)} to "
+            "choose by; at least one of each is needed."
+        )
+    records = {"calibration": chosen.record(), "selection": selection.record()}
+    records["selection"].refuse_overlap(records["calibration"], own_role="selection", other_role="calibration")
+    usable = labels_are_classes(selection, classes)
+    return Judges(
+        calibration=chosen,
+        selection=selection if usable else Unlabelled(selection),
+        spread=selection,
+        records=records,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """What files of lower precision are made and judged with.
+
+    `yardstick` is the dense model's FP32 file, from which top-1 may drop as far as `limits["lowrank"]` says; the others
+    hold what a precision may change.
+    """
+
+    judges: Judges
+    yardstick: Path
+    limits: dict[str, Thresholds]
+    runtime: str
+    threads: int | None
+    batch: int
+    scratch: Path
+    on_step: Callable[[str], None]
+    known: dict[Path, list[np.ndarray]] = field(default_factory=dict)
+
+    def logits(self, path: Path, images: np.ndarray) -> np.ndarray:
+        with open_runner(self.runtime, path, threads=self.threads) as run:
+            return np.concatenate([run(images[i : i + self.batch]) for i in range(0, len(images), self.batch)])
+
+    def failures(self, path: Path, precision: str, source: Path) -> list[str]:
+        """What the file misses on the selection images, against `source` and the yardstick."""
+        with open_runner(self.runtime, path, threads=self.threads) as run:
+            logits = [run(images) for images, _ in self.judges.selection.batches(self.batch)]
+        labels = [labels for _, labels in self.judges.selection.batches(self.batch)]
+        lines = []
+        for kind, file in ((precision, source), ("lowrank", self.yardstick)):
+            reference, low = Tally(file.stem), Tally(path.stem)
+            for found, expected, truth in zip(logits, self._known(file), labels, strict=True):
+                reference.add(expected, truth, None)
+                low.add(found, truth, expected)
+            lines += judged(low, self.limits[kind], reference)[1]
+        return lines
+
+    def _known(self, file: Path) -> list[np.ndarray]:
+        """The logits of an FP32 file on the selection images, by batch: computed once, for every look needs them."""
+        if file not in self.known:
+            with open_runner(self.runtime, file, threads=self.threads) as run:
+                self.known[file] = [run(images) for images, _ in self.judges.selection.batches(self.batch)]
+        return self.known[file]
+
+    def time_ratio(self, path: Path, other: Path) -> float:
+        """The time of `path` over that of `other`, paired."""
+        images = np.resize(self.judges.held_out(self.batch), (self.batch, *self.judges.held_out(1).shape[1:]))
+        with (
+            open_runner(self.runtime, other, threads=self.threads) as first,
+            open_runner(self.runtime, path, threads=self.threads) as second,
+        ):
+            return paired_latency({"other": first, "path": second}, images, repeats=LATENCY_REPEATS)["path"].ratio
+
+
+def write_precision(precision: str, source: Path, out: Path, bench: Workbench, name: str) -> QuantizationRecord | None:
+    """Write the FP32 file `source`, of the model called `name`, in another precision; what was chosen, if anything."""
+    if precision == "int8":
+        return _int8(source, out, bench, name)
+    bench.on_step(f"writing {name} in {precision}")
+    if precision == "fp8":
+        ranges = measure_ranges(source, bench.judges.batches(), "min-max", threads=bench.threads)
+        quantize_onnx_to_float8(source, out, ranges)
+        digest = bench.judges.records["calibration"].digest
+        return QuantizationRecord(images=ranges.images, digest=digest, method=ranges.method, basis="plain")
+    if precision == "fp16":
+        check_fits_fp16(source, bench.judges.batches(), threads=bench.threads)
+    half_onnx(source, out, precision)
+    return None
+
+
+def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationRecord:
+    folder = bench.scratch / source.stem
+    folder.mkdir()
+    trials = int8_trials(
+        source,
+        folder,
+        bench.judges,
+        bench.logits,
+        bench.threads,
+        lambda trial: bench.on_step(f"calibrating {name}: {trial}"),
+    )
+    best = trials[0]
+    layers = products_by_layer(onnx.load(best.source), onnx.load(best.quantized))
+
+    def write(high: Sequence[str]) -> None:
+        low = [product for layer, names in layers.items() if layer not in high for product in names]
+        write_mixed(best.source, best.quantized, out, low)
+
+    bench.on_step(f"timing kinds of layers of {name} in int8")
+    saved = _saved(layers, best, bench)
+    slower = [layer for layer in layers if saved[layer] <= 0]
+    if len(slower) == len(layers):
+        slower = []  # INT8 pays nowhere here: the file shows what it costs
+    write(slower)
+    errors: list[LayerError] = []
+    high = slower
+    if bench.failures(out, "int8", source):
+        bench.on_step(f"measuring how sensitive each layer of {name} is")
+        errors = layer_errors(best.source, best.quantized, bench.judges.held_out(LAYER_IMAGES), threads=bench.threads)
+        open_to = [error for error in errors if error.layer not in slower]
+
+        def holds(order: Sequence[str], count: int) -> bool:
+            bench.on_step(f"checking {name}: {len(slower) + count} of {len(layers)} layers in fp32")
+            write([*slower, *order[:count]])
+            return not bench.failures(out, "int8", source)
+
+        # A gate that no layer with much error holds may leave room for those with the least, whatever they save.
+        for order in (order_of_return(open_to, saved), [error.layer for error in open_to]):
+            count = fewest(len(order), partial(holds, order))
+            if count < len(order):
+                high = [*slower, *order[:count]]
+                break
+        # With none left in INT8 there would be nothing to ship: all of it stays, labelled with what it misses.
+        write(high)
+    return QuantizationRecord(
+        images=len(bench.judges.calibration),
+        digest=bench.judges.records["calibration"].digest,
+        method=best.method,
+        basis=best.basis,
+        weight_bits=best.weight_bits,
+        trials={trial.name: round(trial.sqnr_db, 2) for trial in trials},
+        high={layer: "int8 saves no time" if layer in slower else "for the gate" for layer in layers if layer in high},
+        sensitivity={error.layer: round(error.sqnr_db, 2) for error in errors},
+    )
+
+
+def int8_trials(
+    source: Path,
+    folder: Path,
+    judges: Judges,
+    logits: Callable[[Path, np.ndarray], np.ndarray],
+    threads: int | None,
+    on_trial: Callable[[str], None],
+) -> list[Trial]:
+    """INT8 files of `source` in `folder`, the best first, by the `logits` of a file on images on its runtime."""
+    images = judges.held_out(ERROR_IMAGES)
+    expected = logits(source, images)
+    return quantize_best(
+        source,
+        folder,
+        judges.batches(),
+        len(judges.calibration),
+        sqnr_db=lambda file: sqnr_db(expected, logits(file, images)),
+        threads=threads,
+        on_trial=on_trial,
+    )
+
+
+def _saved(layers: dict[str, list[str]], best: Trial, bench: Workbench) -> dict[str, float]:
+    """What INT8 saves in each layer, as a share of the model's time: measured for each kind of layer at once."""
+    kinds: dict[str, list[str]] = {}
+    for layer in layers:
+        kinds.setdefault(kind_of(layer), []).append(layer)
+    saved: dict[str, float] = {}
+    without = bench.scratch / "without.onnx"
+    for members in kinds.values():
+        low = [product for layer, names in layers.items() if layer not in members for product in names]
+        write_mixed(best.source, best.quantized, without, low)
+        share = bench.time_ratio(without, best.quantized) - 1
+        saved |= {layer: share / len(members) for layer in members}
+    without.unlink()
+    return saved
+
+
+class _Batches:
+    """The images of a set in batches, as often as they are asked for."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (images for images, _ in self._images.batches(CALIBRATION_BATCH))
