@@ -34,7 +34,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return f"{self.method}, {self.basis} basis, {self.weight_bits}-bit weights"
+        return _name(self.method, self.basis, self.weight_bits)
+
+
+def _name(method: str, basis: str, weight_bits: int) -> str:
+    return f"{method}, {basis} basis, {weight_bits}-bit weights"
 
 
 def quantize_best(
@@ -55,8 +59,7 @@ def quantize_best(
     check_not_quantized(source)
 
     def trial(method: str, basis: str, weight_bits: int, model: Path) -> Trial:
-        name = f"{method}, {basis} basis, {weight_bits}-bit weights"
-        on_trial(name)
+        on_trial(_name(method, basis, weight_bits))
         if (method, basis) not in measured:
             measured[method, basis] = measure_ranges(model, batches, method, threads=threads)
         ranges = measured[method, basis]

@@ -5,7 +5,7 @@ two of an attention.
 """
 
 import ast
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -29,6 +29,11 @@ def products_by_layer(source: ModelProto, quantized: ModelProto) -> dict[str, li
         if node.name in low:
             layers.setdefault(_layer(node), []).append(node.name)
     return layers
+
+
+def products_but(layers: Mapping[str, Sequence[str]], high: Collection[str]) -> list[str]:
+    """The products of all `layers` but those called `high`."""
+    return [product for layer, products in layers.items() if layer not in high for product in products]
 
 
 def mixed_model(source: ModelProto, quantized: ModelProto, low: Collection[str]) -> ModelProto:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from export.runners import FATAL_ONLY, OPENVINO_PRECISIONS, PROVIDER_OPTIONS
+from export.runners import PROVIDER_OPTIONS, openvino_config, session_options
 
 # The words of ONNX Runtime, OpenVINO and TensorRT; what is not here keeps the runtime's own.
 PRECISIONS = {
@@ -51,11 +51,8 @@ def kernels_of_onnxruntime(path: Path, provider: str, images: np.ndarray, *, thr
     """Each node of the optimized graph with the median of its times; `images` are run a few times."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY
+    options = session_options(threads)
     options.enable_profiling = True
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
     with tempfile.TemporaryDirectory() as scratch:
         options.profile_file_prefix = str(Path(scratch) / "profile")
         session = onnxruntime.InferenceSession(
@@ -87,13 +84,10 @@ def kernels_of_openvino(path: Path, images: np.ndarray, *, threads: int | None) 
     """Each executed node of the graph that OpenVINO made of the file, with the mean of its times."""
     import openvino
 
-    config = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS["fp32"], "PERFORMANCE_HINT": "LATENCY"}
-    if threads is not None:
-        config["INFERENCE_NUM_THREADS"] = str(threads)
     core = openvino.Core()
     model = core.read_model(str(path))
     multiplying = {op.get_friendly_name() for op in model.get_ops() if op.get_type_name() in OPENVINO_PRODUCTS}
-    compiled = core.compile_model(model, "CPU", {**config, "PERF_COUNT": "YES"})
+    compiled = core.compile_model(model, "CPU", {**openvino_config("fp32", threads), "PERF_COUNT": "YES"})
     request = compiled.create_infer_request()
     request.infer([images])
     first = _executed(compiled)

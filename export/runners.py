@@ -97,10 +97,7 @@ def _session(path: Path, threads: int | None, providers: list[str]):
     onnxruntime = _onnxruntime()
     if not path.is_file():
         raise InputError(f"{path} does not exist; give an ONNX file.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options = session_options(threads)
     if unknown := [name for name in providers if name not in onnxruntime.get_available_providers()]:
         raise BackendMissingError(
             f"ONNX Runtime has no {', '.join(unknown)} here, only "
@@ -123,6 +120,21 @@ def _session(path: Path, threads: int | None, providers: list[str]):
         failures.RuntimeException,
     ) as error:
         raise InputError(f"{path} is no ONNX file that can run here ({error}); export or copy it again.") from error
+
+
+def session_options(threads: int | None):
+    """Options of ONNX Runtime for so many threads, as many as it likes for None."""
+    options = _onnxruntime().SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    return options
+
+
+def openvino_config(precision: str, threads: int | None) -> dict[str, str]:
+    """How OpenVINO is to compile a model for the CPU."""
+    config = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
+    return config if threads is None else config | {"INFERENCE_NUM_THREADS": str(threads)}
 
 
 def _onnxruntime():
@@ -166,11 +178,8 @@ class OpenVinoRunner:
         if not self.path.is_file():
             raise InputError(f"{path} does not exist; give an ONNX file.")
         self.name = name or self.path.name
-        config = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
-        if threads is not None:
-            config["INFERENCE_NUM_THREADS"] = str(threads)
         try:
-            self._compiled = openvino.Core().compile_model(str(self.path), "CPU", config)
+            self._compiled = openvino.Core().compile_model(str(self.path), "CPU", openvino_config(precision, threads))
         except RuntimeError as error:
             raise InputError(f"{path} is no ONNX file that OpenVINO can run here ({error}).") from error
         self._request = self._compiled.create_infer_request()

@@ -5,28 +5,33 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 from pydantic import ValidationError
 
 from calibrate.choose import Trial
 from calibrate.files import check_not_quantized
-from calibrate.float8 import quantize_onnx_to_float8
-from calibrate.mixed import products_by_layer, write_mixed
-from calibrate.ranges import measure_ranges
+from calibrate.mixed import products_but, products_by_layer, write_mixed
 from calibrate.sensitivity import LayerError, layer_errors, sqnr_db
 from export.bundle import QuantizationRecord, load_bundle, size_of
-from export.comparison import Comparison, compare
+from export.comparison import compare
 from export.onnx import load_onnx
-from export.runtimes import ORT_CPU, open_runner, runtime_called
+from export.runtimes import ORT_CPU, runtime_called
 from flora.artifact import Document, check_replaceable, new_folder
 from flora.errors import InputError, few, near_matches
 from flora.imagesets import ImageSetRecord
 from flora.pipeline.figures import write_sensitivity
-from flora.pipeline.precision import ERROR_IMAGES, LAYER_IMAGES, Judges, int8_trials, open_judges
+from flora.pipeline.precision import (
+    ERROR_IMAGES,
+    LAYER_IMAGES,
+    Judges,
+    int8_trials,
+    logits_of_file,
+    open_judges,
+    record_of,
+    write_float8,
+)
 from flora.preprocessing import Preprocessing
 
-BATCH = 16
 SENSITIVITY = "int8-sensitivity.json"
 
 
@@ -127,29 +132,17 @@ def calibrate(
     with tempfile.TemporaryDirectory() as scratch:
         if precision == "fp8":
             on_step("calibrating: min-max")
-            ranges = measure_ranges(source.path, judges.batches(), "min-max", threads=request.threads)
-            low = Path(scratch) / "fp8.onnx"
-            quantize_onnx_to_float8(source.path, low, ranges)
-            record = QuantizationRecord(images=ranges.images, method=ranges.method, basis="plain")
-            high = source.path
+            high, low = source.path, Path(scratch) / "fp8.onnx"
+            record = write_float8(high, low, judges, request.threads)
         else:
             trials = _trials(source.path, Path(scratch), judges, request, on_step)
             high, low = trials[0].source, trials[0].quantized
-            record = QuantizationRecord(
-                images=len(judges.calibration),
-                method=trials[0].method,
-                basis=trials[0].basis,
-                weight_bits=trials[0].weight_bits,
-                trials={trial.name: round(trial.sqnr_db, 2) for trial in trials},
-                high=dict.fromkeys(request.keep, "asked for"),
-            )
+            record = record_of(trials, judges, dict.fromkeys(request.keep, "asked for"))
         layers = products_by_layer(onnx.load(high), onnx.load(low))
         _check_layers(request.keep, layers)
-        write_mixed(
-            high, low, out, [name for layer, names in layers.items() if layer not in request.keep for name in names]
-        )
-    expected, found = (_logits(file, images, request) for file in (source.path, out))
-    difference: Comparison = compare(expected, found)
+        write_mixed(high, low, out, products_but(layers, request.keep))
+    expected, found = (logits_of_file(file, images, request.runtime, request.threads) for file in (source.path, out))
+    difference = compare(expected, found)
     return Calibrated(
         source=str(model),
         precision=precision,
@@ -206,15 +199,9 @@ def _judges(source: Source, request: CalibrationRequest) -> Judges:
 def _trials(
     source: Path, folder: Path, judges: Judges, request: CalibrationRequest, on_step: Callable[[str], None]
 ) -> list[Trial]:
-    def logits(file: Path, images: np.ndarray) -> np.ndarray:
-        return _logits(file, images, request)
-
-    return int8_trials(source, folder, judges, logits, request.threads, lambda trial: on_step(f"calibrating: {trial}"))
-
-
-def _logits(path: Path, images: np.ndarray, request: CalibrationRequest) -> np.ndarray:
-    with open_runner(request.runtime, path, threads=request.threads) as run:
-        return np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+    return int8_trials(
+        *(source, folder, judges, request.runtime, request.threads), lambda trial: on_step(f"calibrating: {trial}")
+    )
 
 
 def _check_layers(keep: Collection[str], layers: Collection[str]) -> None:

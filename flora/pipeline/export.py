@@ -308,6 +308,8 @@ def export_bundle(
             for one in low
             if one not in chosen
         ]
+        by_path = {entry.path: entry for entry in (*certified, *others)}
+        engine_entries = [engine_entry(spec, one, by_path[one.path], folder, files) for spec, one in engines]
         recommended, reason = recommend(
             _shippable(certified, exported, chosen, selected, request),
             proof.latency,
@@ -324,7 +326,7 @@ def export_bundle(
             class_names=source.config.class_names and list(source.config.class_names),
             preprocessing=source.config.preprocessing,
             files=files,
-            artifacts=[*certified, *others, *(engine_entry(spec, one, folder, files) for spec, one in engines)],
+            artifacts=[*certified, *others, *engine_entries],
             recommended=recommended,
             recommendation_reason=reason,
             max_drop=request.max_drop,
@@ -444,12 +446,13 @@ def _outcome_of_loser(one: Exported, selected: Proof | None, request: ExportRequ
     return status, reason or "it passed on the selection images and is slower here than what was chosen"
 
 
-def engine_entry(spec: EngineSpec, one: Exported, folder: Path, files: dict[str, str]) -> ArtifactEntry:
-    """What the manifest keeps of an engine that was built from the file `one`."""
+def engine_entry(
+    spec: EngineSpec, one: Exported, entry: ArtifactEntry, folder: Path, files: dict[str, str]
+) -> ArtifactEntry:
+    """What the manifest keeps of an engine that was built from the file `one`, of which it keeps `entry`."""
     reason = "built for a device that is not here"
     if one.quantization and (one.quantization.high or one.quantization.weight_bits < 8):
         reason += f", from a file that was mixed and calibrated for {one.runtime} on this one"
-    entry = onnx_entry(one, folder, files, "built, not run", reason, certified=False)
     path = _engine_path(spec, one)
     return entry.model_copy(
         update={
@@ -458,6 +461,9 @@ def engine_entry(spec: EngineSpec, one: Exported, folder: Path, files: dict[str,
             "kind": "engine",
             "runtime": ORT_CPU,
             "role": "candidate",
+            "status": "built, not run",
+            "reason": reason,
+            "certified": False,
             "sha256": files[path],
             "size_bytes": (folder / path).stat().st_size,
             "spec": EngineRecord.of(spec),

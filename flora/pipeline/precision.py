@@ -16,7 +16,7 @@ from calibrate.batches import balanced_choice
 from calibrate.choose import Trial, quantize_best
 from calibrate.float8 import quantize_onnx_to_float8
 from calibrate.half import check_fits_fp16, half_onnx
-from calibrate.mixed import kind_of, products_by_layer, write_mixed
+from calibrate.mixed import kind_of, products_but, products_by_layer, write_mixed
 from calibrate.ranges import measure_ranges
 from calibrate.sensitivity import LayerError, fewest, layer_errors, order_of_return, sqnr_db
 from export.benchmark import paired_latency
@@ -35,7 +35,7 @@ CALIBRATED = ("int8", "fp8")
 CALIBRATION_BATCH = 4
 SELECTION_IMAGES = 2000
 # Images that the error of each trial, and of each layer, is measured on: logits are many numbers an image.
-ERROR_IMAGES = 64
+ERROR_IMAGES, ERROR_BATCH = 64, 16
 LAYER_IMAGES = 16
 LATENCY_REPEATS = 11
 
@@ -143,21 +143,16 @@ class Workbench:
     on_step: Callable[[str], None]
     known: dict[Path, list[np.ndarray]] = field(default_factory=dict)
 
-    def logits(self, path: Path, images: np.ndarray) -> np.ndarray:
-        with open_runner(self.runtime, path, threads=self.threads) as run:
-            return np.concatenate([run(images[i : i + self.batch]) for i in range(0, len(images), self.batch)])
-
     def failures(self, path: Path, precision: str, source: Path) -> list[str]:
         """What the file misses on the selection images, against `source` and the yardstick."""
         with open_runner(self.runtime, path, threads=self.threads) as run:
-            logits = [run(images) for images, _ in self.judges.selection.batches(self.batch)]
-        labels = [labels for _, labels in self.judges.selection.batches(self.batch)]
+            seen = [(run(images), labels) for images, labels in self.judges.selection.batches(self.batch)]
         lines = []
         for kind, file in ((precision, source), ("lowrank", self.yardstick)):
             reference, low = Tally(file.stem), Tally(path.stem)
-            for found, expected, truth in zip(logits, self._known(file), labels, strict=True):
-                reference.add(expected, truth, None)
-                low.add(found, truth, expected)
+            for (found, labels), expected in zip(seen, self._known(file), strict=True):
+                reference.add(expected, labels, None)
+                low.add(found, labels, expected)
             lines += judged(low, self.limits[kind], reference)[1]
         return lines
 
@@ -170,7 +165,8 @@ class Workbench:
 
     def time_ratio(self, path: Path, other: Path) -> float:
         """The time of `path` over that of `other`, paired."""
-        images = np.resize(self.judges.held_out(self.batch), (self.batch, *self.judges.held_out(1).shape[1:]))
+        images = self.judges.held_out(self.batch)
+        images = np.resize(images, (self.batch, *images.shape[1:]))
         with (
             open_runner(self.runtime, other, threads=self.threads) as first,
             open_runner(self.runtime, path, threads=self.threads) as second,
@@ -184,14 +180,19 @@ def write_precision(precision: str, source: Path, out: Path, bench: Workbench, n
         return _int8(source, out, bench, name)
     bench.on_step(f"writing {name} in {precision}")
     if precision == "fp8":
-        ranges = measure_ranges(source, bench.judges.batches(), "min-max", threads=bench.threads)
-        quantize_onnx_to_float8(source, out, ranges)
-        digest = bench.judges.records["calibration"].digest
-        return QuantizationRecord(images=ranges.images, digest=digest, method=ranges.method, basis="plain")
+        return write_float8(source, out, bench.judges, bench.threads)
     if precision == "fp16":
         check_fits_fp16(source, bench.judges.batches(), threads=bench.threads)
     half_onnx(source, out, precision)
     return None
+
+
+def write_float8(source: Path, out: Path, judges: Judges, threads: int | None) -> QuantizationRecord:
+    """Write the FP32 file `source` in FP8, by the largest values of the calibration images."""
+    ranges = measure_ranges(source, judges.batches(), "min-max", threads=threads)
+    quantize_onnx_to_float8(source, out, ranges)
+    digest = judges.records["calibration"].digest
+    return QuantizationRecord(images=ranges.images, digest=digest, method=ranges.method, basis="plain")
 
 
 def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationRecord:
@@ -201,7 +202,7 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationR
         source,
         folder,
         bench.judges,
-        bench.logits,
+        bench.runtime,
         bench.threads,
         lambda trial: bench.on_step(f"calibrating {name}: {trial}"),
     )
@@ -209,8 +210,7 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationR
     layers = products_by_layer(onnx.load(best.source), onnx.load(best.quantized))
 
     def write(high: Sequence[str]) -> None:
-        low = [product for layer, names in layers.items() if layer not in high for product in names]
-        write_mixed(best.source, best.quantized, out, low)
+        write_mixed(best.source, best.quantized, out, products_but(layers, high))
 
     bench.on_step(f"timing kinds of layers of {name} in int8")
     saved = _saved(layers, best, bench)
@@ -238,35 +238,49 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationR
                 break
         # With none left in INT8 there would be nothing to ship: all of it stays, labelled with what it misses.
         write(high)
+    reasons = {layer: "int8 saves no time" if layer in slower else "for the gate" for layer in layers if layer in high}
+    return record_of(trials, bench.judges, reasons, errors)
+
+
+def record_of(
+    trials: Sequence[Trial], judges: Judges, high: dict[str, str], errors: Sequence[LayerError] = ()
+) -> QuantizationRecord:
+    """What is kept of an INT8 file, which came of the first of `trials`; `high` are layers in FP32, and why."""
     return QuantizationRecord(
-        images=len(bench.judges.calibration),
-        digest=bench.judges.records["calibration"].digest,
-        method=best.method,
-        basis=best.basis,
-        weight_bits=best.weight_bits,
+        images=len(judges.calibration),
+        digest=judges.records["calibration"].digest,
+        method=trials[0].method,
+        basis=trials[0].basis,
+        weight_bits=trials[0].weight_bits,
         trials={trial.name: round(trial.sqnr_db, 2) for trial in trials},
-        high={layer: "int8 saves no time" if layer in slower else "for the gate" for layer in layers if layer in high},
+        high=high,
         sensitivity={error.layer: round(error.sqnr_db, 2) for error in errors},
     )
+
+
+def logits_of_file(path: Path, images: np.ndarray, runtime: str, threads: int | None) -> np.ndarray:
+    """Logits [B, classes] of an ONNX file on images [B, C, H, W]."""
+    with open_runner(runtime, path, threads=threads) as run:
+        return np.concatenate([run(images[i : i + ERROR_BATCH]) for i in range(0, len(images), ERROR_BATCH)])
 
 
 def int8_trials(
     source: Path,
     folder: Path,
     judges: Judges,
-    logits: Callable[[Path, np.ndarray], np.ndarray],
+    runtime: str,
     threads: int | None,
     on_trial: Callable[[str], None],
 ) -> list[Trial]:
-    """INT8 files of `source` in `folder`, the best first, by the `logits` of a file on images on its runtime."""
+    """INT8 files of `source` in `folder`, the best first, by their logits on images held out, on `runtime`."""
     images = judges.held_out(ERROR_IMAGES)
-    expected = logits(source, images)
+    expected = logits_of_file(source, images, runtime, threads)
     return quantize_best(
         source,
         folder,
         judges.batches(),
         len(judges.calibration),
-        sqnr_db=lambda file: sqnr_db(expected, logits(file, images)),
+        sqnr_db=lambda file: sqnr_db(expected, logits_of_file(file, images, runtime, threads)),
         threads=threads,
         on_trial=on_trial,
     )
@@ -280,8 +294,7 @@ def _saved(layers: dict[str, list[str]], best: Trial, bench: Workbench) -> dict[
     saved: dict[str, float] = {}
     without = bench.scratch / "without.onnx"
     for members in kinds.values():
-        low = [product for layer, names in layers.items() if layer not in members for product in names]
-        write_mixed(best.source, best.quantized, without, low)
+        write_mixed(best.source, best.quantized, without, products_but(layers, members))
         share = bench.time_ratio(without, best.quantized) - 1
         saved |= {layer: share / len(members) for layer in members}
     without.unlink()
