@@ -4,7 +4,7 @@ First the bits of weights, which depend on the processor's kernels, then the met
 factors.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def quantize_best(
     images: int,
     *,
     sqnr_db: Callable[[Path], float],
+    weight_bits: Sequence[int] = (8, 7),
     threads: int | None = None,
     on_trial: Callable[[str], None] = lambda name: None,
 ) -> list[Trial]:
@@ -78,7 +79,7 @@ def quantize_best(
 
     measured: dict[tuple[str, str], Ranges] = {}
     first, *others = METHODS
-    trials = [trial(first, PLAIN, bits, source) for bits in (8, 7)]
+    trials = [trial(first, PLAIN, bits, source) for bits in weight_bits]
     bits = max(trials, key=_score).weight_bits
     trials += [trial(method, PLAIN, bits, source) for method in others]
     best = max(trials, key=_score)

@@ -20,10 +20,17 @@ def check_not_quantized(path: Path) -> None:
         raise InputError(f"{path} is quantized already; give the file that it was made from.")
 
 
-def open_session(model: Path | bytes, threads: int | None, *, weights: Path | None = None) -> Any:
-    """A session of ONNX Runtime's CPU provider; weights that lie beside a file are in the folder `weights`."""
+def open_session(
+    model: Path | bytes, threads: int | None, *, weights: Path | None = None, as_written: bool = False
+) -> Any:
+    """A session of ONNX Runtime's CPU provider; weights that lie beside a file are in the folder `weights`.
+
+    `as_written`, each node is run by itself: no quantized product then overflows in a kernel of this processor.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL_ONLY
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
     if weights is not None:

@@ -1,6 +1,7 @@
 """FP16 and BF16: an ONNX file whose weights and products are in half precision, by casts in the graph.
 
-Networks of TensorRT are strongly typed, so precision is what the file says. What goes in and out stays in FP32, and so
+Of a quantized file it is what lies around the quantized products, scales included. Networks of TensorRT are strongly
+typed, so precision is what the file says. What goes in and out stays in FP32, and so
 do LayerNormalization and Softmax, whose sums need it, and operators that ONNX does not define for the type (Conv in
 BF16 below opset 22). ONNX Runtime's CPU provider has no BF16 kernels (Add, MatMul, Expand); OpenVINO reads both.
 """
@@ -8,11 +9,12 @@ BF16 below opset 22). ONNX Runtime's CPU provider has no BF16 kernels (Add, MatM
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from calibrate.files import check_not_quantized, open_session, save_onnx
+from calibrate.files import open_session, save_onnx
 from flora.errors import InputError, near_matches
 
 PRECISIONS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -20,26 +22,31 @@ PRECISIONS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 TYPE_NAMES = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
 FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 SINGLE = ("LayerNormalization", "Softmax", "Cast")
+SCALED = ("QuantizeLinear", "DequantizeLinear")
+
+
+class BeyondRangeError(InputError):
+    """A model holds or gives more than a precision has numbers for."""
 
 
 def half_onnx(source: Path, out: Path, precision: str) -> None:
-    """Write the ONNX file `out`: `source`, which is in FP32, in a `precision` of `PRECISIONS`.
+    """Write the ONNX file `out`: `source`, whose floats are in FP32, in a `precision` of `PRECISIONS`.
 
-    `InputError` where `source` is quantized, or where a weight is beyond the range of the precision.
+    `BeyondRangeError` where a weight is beyond the range of the precision.
     """
     if precision not in PRECISIONS:
         hint = near_matches(precision, PRECISIONS)
         raise InputError(f"{precision!r} is no half precision; give one of {', '.join(PRECISIONS)}.{hint}")
-    check_not_quantized(source)
     model, floats = onnx.load(source), _float_values(source)
     graph, opsets = model.graph, {entry.domain: entry.version for entry in model.opset_import}
     halved = [_can_be_half(node, floats, opsets.get(node.domain, 1), precision) for node in graph.node]
     read = {name for node, half in zip(graph.node, halved, strict=True) if half for name in node.input}
     made = {name for node, half in zip(graph.node, halved, strict=True) if half for name in node.output}
     halves = floats & (made | (read & {tensor.name for tensor in graph.initializer}))
+    scales = {node.input[1] for node in graph.node if node.op_type in SCALED}
     for tensor in graph.initializer:
         if tensor.name in halves:
-            tensor.CopyFrom(_rounded(tensor, precision, source))
+            tensor.CopyFrom(_rounded(tensor, precision, source, above_zero=tensor.name in scales))
     nodes = list(_with_casts(graph, halved, floats, halves, precision))
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
@@ -47,7 +54,7 @@ def half_onnx(source: Path, out: Path, precision: str) -> None:
 
 
 def check_fits_fp16(source: Path, batches: Iterable[np.ndarray], *, threads: int | None = None) -> None:
-    """Raise `InputError` naming the first node of `source`, in FP32, that gives more than FP16 holds on an image.
+    """Raise `BeyondRangeError` naming the first node of `source`, in FP32, that gives more than FP16 holds on an image.
 
     To be asked before FP16 is trusted: ONNX Runtime's CPU provider runs FP16 files in FP32, so nothing overflows there.
     """
@@ -62,7 +69,7 @@ def check_fits_fp16(source: Path, batches: Iterable[np.ndarray], *, threads: int
     for batch in batches:
         for node, largest in zip(nodes, session.run(sizes, {model.graph.input[0].name: batch}), strict=True):
             if not largest <= np.finfo(np.float16).max:
-                raise InputError(
+                raise BeyondRangeError(
                     f"{node.name} in {source} reaches {largest:.4g} on an image, beyond the range of fp16; "
                     "use bf16, or keep the model in FP32."
                 )
@@ -91,12 +98,15 @@ def _can_be_half(node: NodeProto, floats: Collection[str], opset: int, precision
     )
 
 
-def _rounded(tensor: TensorProto, precision: str, source: Path) -> TensorProto:
-    values = numpy_helper.to_array(tensor)
+def _rounded(tensor: TensorProto, precision: str, source: Path, *, above_zero: bool) -> TensorProto:
+    """The nearest values of the precision; `above_zero`, its smallest one for what is nearer to zero."""
+    values, dtype = numpy_helper.to_array(tensor), helper.tensor_dtype_to_np_dtype(PRECISIONS[precision])
+    if above_zero:
+        values = np.maximum(values, float(ml_dtypes.finfo(dtype).smallest_subnormal))
     with np.errstate(over="ignore"):
-        rounded = values.astype(helper.tensor_dtype_to_np_dtype(PRECISIONS[precision]))
+        rounded = values.astype(dtype)
     if not np.isfinite(rounded.astype(np.float32)[np.isfinite(values)]).all():
-        raise InputError(
+        raise BeyondRangeError(
             f"{tensor.name} in {source} holds {np.abs(values).max():.4g}, beyond the range of {precision}; "
             "use bf16, or keep the model in FP32."
         )

@@ -43,11 +43,13 @@ def layer_errors(
     images: np.ndarray,
     *,
     threads: int | None = None,
+    as_written: bool = False,
     on_layer: Callable[[int, int], None] = lambda done, layers: None,
 ) -> list[LayerError]:
     """The error of each layer that is in low precision in `quantized`, on `images` [B, C, H, W], largest first.
 
-    Runs on ONNX Runtime's CPU provider. `on_layer` is called with the layers done and their number.
+    Runs on ONNX Runtime's CPU provider, by its fast kernels or each node `as_written`. `on_layer` is called with the
+    layers done and their number.
     """
     if not len(images):
         raise InputError("There are no images to measure the sensitivity on; give a set that holds some.")
@@ -55,10 +57,10 @@ def layer_errors(
     layers = products_by_layer(high, low)
     if not layers:
         raise InputError(f"{quantized} has nothing in low precision; give a quantized file.")
-    expected = _logits(mixed_model(high, low, ()), images, threads)
+    expected = _logits(mixed_model(high, low, ()), images, threads, as_written)
     errors = []
     for done, (layer, products) in enumerate(layers.items(), start=1):
-        found = _logits(mixed_model(high, low, products), images, threads)
+        found = _logits(mixed_model(high, low, products), images, threads, as_written)
         errors.append(LayerError(layer=layer, products=len(products), sqnr_db=sqnr_db(expected, found)))
         on_layer(done, len(layers))
     return sorted(errors, key=lambda error: error.sqnr_db)
@@ -82,13 +84,13 @@ def fewest(layers: int, holds: Callable[[int], bool]) -> int:
     return bisect.bisect_left(range(layers), True, key=holds)
 
 
-def _logits(model: ModelProto, images: np.ndarray, threads: int | None) -> np.ndarray:
+def _logits(model: ModelProto, images: np.ndarray, threads: int | None, as_written: bool) -> np.ndarray:
     """Its logits; of a large `model` the weights are taken out."""
     if model.ByteSize() <= LARGEST_INLINE_BYTES:
-        session = open_session(model.SerializeToString(), threads)
+        session = open_session(model.SerializeToString(), threads, as_written=as_written)
         return session.run(None, {session.get_inputs()[0].name: images})[0]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"
         onnx.save(model, path, save_as_external_data=True, location="weights")
-        session = open_session(path, threads)
+        session = open_session(path, threads, as_written=as_written)
         return session.run(None, {session.get_inputs()[0].name: images})[0]

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from export.inspector import kernels_of_engine
 from export.kernels import PRECISIONS, Kernel, kernels_of_onnxruntime, kernels_of_openvino
 from export.runtimes import RUNTIMES, open_runner
+from export.tensorrt_runner import TensorRtRunner
 from flora.errors import InputError, near_matches
 
 Source = Literal["profile of ONNX Runtime", "execution graph of OpenVINO", "engine inspector of TensorRT"]
@@ -63,12 +64,18 @@ def attest(path: Path, runtime: str, images: np.ndarray, *, threads: int | None 
     return _attestation("profile of ONNX Runtime", weighted_by, kernels, str(path))
 
 
-def attest_engine(inspector_json: str) -> Attestation:
-    """What the products of an engine are computed in, from `get_engine_information` of TensorRT's inspector, as JSON.
+def attest_engine(path: Path) -> Attestation:
+    """What the products of TensorRT's engine `path`, for the GPU that is present, are computed in.
 
     The engine must have been built with detailed verbosity, else `InputError`.
     """
-    return _attestation("engine inspector of TensorRT", "count", kernels_of_engine(inspector_json), "The engine")
+    with TensorRtRunner(path) as runner:
+        return attest_inspected(runner.inspected(), str(path))
+
+
+def attest_inspected(inspector_json: str, what: str) -> Attestation:
+    """The same from the JSON of the engine inspector; `what` is called so in errors."""
+    return _attestation("engine inspector of TensorRT", "count", kernels_of_engine(inspector_json), what)
 
 
 def _attestation(

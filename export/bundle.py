@@ -81,7 +81,8 @@ class ArtifactEntry(BaseModel):
 
     One that is not `certified` was run on the selection images alone, or not at all: it is not to be shipped.
 
-    `runtime` is what an ONNX file was verified and measured on.
+    `runtime` is what an ONNX file was verified and measured on. In int8-fp16, products are in INT8 and what is around
+    them in FP16.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,7 +91,7 @@ class ArtifactEntry(BaseModel):
     path: str
     kind: Literal["onnx", "engine", "model"]
     runtime: str = ORT_CPU
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8"]
     role: Literal["yardstick", "candidate"]
     status: Status
     reason: str | None = None

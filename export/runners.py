@@ -42,14 +42,23 @@ class Runner(Protocol):
 
 
 class OnnxRunner:
-    """Runs an ONNX file on ONNX Runtime; the first of `providers` must really load."""
+    """Runs an ONNX file on ONNX Runtime; the first of `providers` must really load.
+
+    `as_written`, each node is run by itself, in the types of the file: what another device computes, not how fast.
+    """
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, providers: Sequence[str] = (CPU,), name: str | None = None
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = (CPU,),
+        name: str | None = None,
+        as_written: bool = False,
     ) -> None:
         self.path = Path(path)
         self.name = name or self.path.name
-        self._session = _session(self.path, threads, list(providers))
+        self._session = _session(self.path, session_options(threads, as_written=as_written), list(providers))
         loaded = self._session.get_providers()
         if providers[0] not in loaded:
             raise BackendMissingError(
@@ -93,11 +102,10 @@ class OnnxRunner:
         return run
 
 
-def _session(path: Path, threads: int | None, providers: list[str]):
+def _session(path: Path, options, providers: list[str]):
     onnxruntime = _onnxruntime()
     if not path.is_file():
         raise InputError(f"{path} does not exist; give an ONNX file.")
-    options = session_options(threads)
     if unknown := [name for name in providers if name not in onnxruntime.get_available_providers()]:
         raise BackendMissingError(
             f"ONNX Runtime has no {', '.join(unknown)} here, only "
@@ -122,10 +130,12 @@ def _session(path: Path, threads: int | None, providers: list[str]):
         raise InputError(f"{path} is no ONNX file that can run here ({error}); export or copy it again.") from error
 
 
-def session_options(threads: int | None):
-    """Options of ONNX Runtime for so many threads, as many as it likes for None."""
+def session_options(threads: int | None, *, as_written: bool = False):
+    """Options of ONNX Runtime for so many threads, as many as it likes for None; `as_written` it changes no graph."""
     options = _onnxruntime().SessionOptions()
     options.log_severity_level = FATAL_ONLY
+    if as_written:
+        options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
     return options

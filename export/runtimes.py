@@ -13,7 +13,8 @@ class Runtime:
     """`label` is for tables; `precisions` are those that a model's layers can be timed in.
 
     What `loads_onnx` can verify and measure the ONNX files of a bundle; `files` are the precisions of those that it
-    runs, `worthwhile` those that can be faster than FP32 there.
+    runs, `worthwhile` those that can be faster than FP32 there, `only_shown` those that it computes as they are
+    written, without kernels for them: to see what an engine will compute.
     """
 
     label: str
@@ -21,6 +22,7 @@ class Runtime:
     precisions: tuple[str, ...] = ("fp32",)
     files: tuple[str, ...] = ()
     worthwhile: tuple[str, ...] = ()
+    only_shown: tuple[str, ...] = ()
     on_gpu: bool = False
 
     @property
@@ -34,8 +36,9 @@ RUNTIMES = {
         label="ONNX Runtime",
         packages=("onnxruntime", "onnxruntime-gpu"),
         precisions=("fp32", "int8"),
-        files=("fp32", "fp16", "int8", "fp8"),
+        files=("fp32", "fp16", "int8", "int8-fp16", "fp8"),
         worthwhile=("int8",),
+        only_shown=("int8-fp16", "fp8"),
     ),
     "openvino": Runtime(
         label="OpenVINO",
@@ -50,6 +53,7 @@ RUNTIMES = {
         precisions=("fp32", "int8"),
         files=("fp32", "fp16", "bf16", "int8", "fp8"),
         worthwhile=("fp16", "int8"),
+        only_shown=("fp8",),
         on_gpu=True,
     ),
     TENSORRT: Runtime(label="TensorRT", packages=("tensorrt",), precisions=("fp32", "int8"), on_gpu=True),
@@ -84,11 +88,20 @@ def check_loads_onnx(name: str) -> None:
 
 
 def open_runner(
-    runtime: str, path: Path, *, threads: int | None = None, precision: str = "fp32", name: str | None = None
+    runtime: str,
+    path: Path,
+    *,
+    threads: int | None = None,
+    precision: str = "fp32",
+    name: str | None = None,
+    as_written: bool = False,
 ) -> Runner:
-    """A runner of the ONNX file `path`; `InputError` where the runtime runs none."""
+    """A runner of the ONNX file `path`; `InputError` where the runtime runs none.
+
+    ONNX Runtime can compute a file as it is written, node by node; OpenVINO cannot.
+    """
     check_loads_onnx(runtime)
     if runtime == "openvino":
         return OpenVinoRunner(path, threads=threads, precision=precision, name=name)
     provider = CPU if runtime == ORT_CPU else CUDA
-    return OnnxRunner(path, threads=threads, providers=(provider,), name=name)
+    return OnnxRunner(path, threads=threads, providers=(provider,), name=name, as_written=as_written)

@@ -80,6 +80,12 @@ class TensorRtRunner:
 
         return run
 
+    def inspected(self) -> str:
+        """What TensorRT's engine inspector tells of the engine's layers, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        return inspector.get_engine_information(backend_module("tensorrt").LayerInformationFormat.JSON)
+
     def _send(self, images: np.ndarray) -> None:
         self._check(images)
         if images.shape != self._shape:

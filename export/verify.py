@@ -42,6 +42,7 @@ THRESHOLDS: dict[str, Thresholds] = {
     "fp16": Thresholds(min_agreement=0.98, min_cosine=0.999, max_relative=2e-2, max_kl=5e-3, max_drop=0.5),
     "bf16": Thresholds(min_agreement=0.95, min_cosine=0.99, max_kl=2e-2, max_drop=0.5),
     "int8": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
+    "int8-fp16": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
     "fp8": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
 }
 

@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from calibrate.half import half_onnx
+from calibrate.ranges import measure_ranges
+from calibrate.static import quantize_onnx
+from export.attestation import attest_engine
+from export.comparison import compare
 from export.engines import EngineSpec, engine_from_onnx
 from export.onnx import onnx_from_module
 from export.runners import CPU, OnnxRunner
@@ -111,6 +116,19 @@ def test_tensorrt_builds_an_engine_for_this_gpu_that_computes_what_the_file_says
             images = random_images(batch).numpy()
             np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
         on_gpu.bind(images)()
+
+
+def test_an_int8_engine_multiplies_in_int8_and_computes_what_its_file_says(onnx_file: Path, tmp_path: Path):
+    images = random_images(4).numpy()
+    low, half, engine = (tmp_path / name for name in ("int8.onnx", "half.onnx", "model.engine"))
+    quantize_onnx(onnx_file, low, measure_ranges(onnx_file, [images], "min-max"))
+    half_onnx(low, half, "fp16")
+    engine_from_onnx(half, engine, EngineSpec(backend="tensorrt", min_batch=1, opt_batch=4, max_batch=4))
+    found = attest_engine(engine)
+    assert found.shares["int8"] > 0.5
+    assert "fp32" not in found.shares
+    with TensorRtRunner(engine) as on_gpu, OnnxRunner(half) as on_cpu:
+        assert compare(on_cpu(images), on_gpu(images)).cosine.min() > 0.99
 
 
 @pytest.mark.parametrize("runtime", ["ort-cuda", "tensorrt", "torch-cuda"])

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from export.bundle import Bundle
     from flora.pipeline.compress import CompressRequest
-    from flora.pipeline.export import ExportRequest
+    from flora.pipeline.export_request import ExportRequest
     from flora.pipeline.training_free import TrainingFreeRequest
 
 
@@ -183,7 +183,7 @@ def command(
     from flora.cli.verification import print_bundle, print_family
     from flora.lowrank.checkpoint import load_model
     from flora.pipeline.compress import CompressRequest, compress, refuse_early
-    from flora.pipeline.export import ExportRequest
+    from flora.pipeline.export_request import ExportRequest
     from flora.pipeline.family import FAMILY, budgets_of_family, compress_family
     from flora.pipeline.job import folder_of_steps
     from flora.pipeline.plan import plan_of

@@ -111,7 +111,8 @@ def command(
     set_threads(threads)
     from flora.cli.output import StepProgress
     from flora.cli.verification import print_bundle
-    from flora.pipeline.export import ExportRequest, export_bundle, load_exportable
+    from flora.pipeline.export import export_bundle, load_exportable
+    from flora.pipeline.export_request import ExportRequest
 
     request = ExportRequest(
         targets=targets,

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from calibrate.choose import Trial
 from calibrate.files import check_not_quantized
+from calibrate.half import half_onnx
 from calibrate.mixed import products_but, products_by_layer, write_mixed
 from calibrate.sensitivity import LayerError, layer_errors, sqnr_db
 from export.bundle import QuantizationRecord, load_bundle, size_of
@@ -140,8 +141,13 @@ def calibrate(
             record = record_of(trials, judges, dict.fromkeys(request.keep, "asked for"))
         layers = products_by_layer(onnx.load(high), onnx.load(low))
         _check_layers(request.keep, layers)
-        write_mixed(high, low, out, products_but(layers, request.keep))
-    expected, found = (logits_of_file(file, images, request.runtime, request.threads) for file in (source.path, out))
+        mixed = Path(scratch) / "mixed.onnx" if precision == "fp8" else out
+        write_mixed(high, low, mixed, products_but(layers, request.keep))
+        if precision == "fp8":  # which is for engines
+            half_onnx(mixed, out, "fp16")
+    as_written = precision in runtime_called(request.runtime).only_shown
+    expected = logits_of_file(source.path, images, request.runtime, request.threads)
+    found = logits_of_file(out, images, request.runtime, request.threads, as_written=as_written)
     difference = compare(expected, found)
     return Calibrated(
         source=str(model),

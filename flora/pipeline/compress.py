@@ -19,7 +19,8 @@ from flora.lowrank.checkpoint import RANK_CONFIG, LoadedModel
 from flora.lowrank.targets import find_targets, trace_cost
 from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job, with_reference_of
-from flora.pipeline.export import ExportRequest, export_job
+from flora.pipeline.export import export_job
+from flora.pipeline.export_request import ExportRequest
 from flora.pipeline.filter import FilterRequest, filter_space
 from flora.pipeline.images import (
     certified_images,

@@ -4,31 +4,20 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from export.attestation import Requirement, attest
-from export.bundle import (
-    GOLDEN,
-    MANIFEST,
-    ArtifactEntry,
-    Bundle,
-    EngineRecord,
-    Manifest,
-    Status,
-    hash_files,
-    load_bundle,
-)
-from export.engines import EngineSpec, backend_version, engine_from_onnx
+from calibrate.half import BeyondRangeError
+from export.attestation import attest
+from export.bundle import GOLDEN, MANIFEST, ArtifactEntry, Bundle, Manifest, Status, hash_files, load_bundle
 from export.images import ImageSet
 from export.onnx import onnx_from_module
-from export.runtimes import ORT_CPU, check_loads_onnx, runtime_called, runtime_version
-from export.verify import thresholds_with_drop
+from export.runtimes import runtime_called
 from flora.artifact import check_replaceable, new_folder
-from flora.errors import InputError, few
+from flora.errors import InputError
 from flora.imagesets import ImageSetRecord
 from flora.lowrank.checkpoint import (
     LoadedModel,
@@ -42,6 +31,8 @@ from flora.lowrank.checkpoint import (
 from flora.lowrank.pivot import pivot_layers
 from flora.lowrank.weights import weights_digest
 from flora.pipeline.compact import chosen_ranks, compact_from_supernet
+from flora.pipeline.engines import BuiltEngine, build_engine
+from flora.pipeline.export_request import ExportRequest
 from flora.pipeline.images import (
     Unlabelled,
     certified_record,
@@ -51,143 +42,14 @@ from flora.pipeline.images import (
     open_images,
 )
 from flora.pipeline.job import OnStart
-from flora.pipeline.notes import AskedLatency, note_on_pivots, notes_on
-from flora.pipeline.precision import CALIBRATED, Judges, Workbench, open_judges, precisions_asked, write_precision
-from flora.pipeline.proof import Exported, Proof, Protocol, onnx_entry, prove, recommend
+from flora.pipeline.notes import note_on_pivots, notes_on
+from flora.pipeline.precision import OF_ENGINES, Judges, Workbench, write_precision
+from flora.pipeline.proof import Exported, Proof, onnx_entry, prove, recommend
 from flora.provenance import device_facts, gpu_facts, now, versions
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
 
 MODEL_FOLDER = "model"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """What to export and how to prove it; `batches` are the smallest, usual and largest one.
-
-    With `certifies` the images must be none that the model was made with; without, they are those it was chosen by,
-    and their labels count only where they are the model's classes. `runtime` runs the ONNX files, here and in later
-    verifications.
-
-    For `precisions` other than FP32, ranges are measured on `calib_images` of `calib_data`, and every choice is made on
-    `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
-    what share of the products they must compute in, such as "int8>=80%".
-    """
-
-    eval_data: str | None
-    certifies: bool = True
-    runtime: str = ORT_CPU
-    asked: AskedLatency | None = None
-    precisions: tuple[str, ...] = ()
-    calib_data: str | None = None
-    select_data: str | None = None
-    calib_images: int = 128
-    seed: int = 0
-    compare: bool = False
-    require: str | None = None
-    targets: tuple[str, ...] = ("onnx",)
-    reference: Path | None = None
-    max_drop: float = 1.0
-    opset: int = 20
-    batches: tuple[int, int, int] = (1, 8, 64)
-    compute_capabilities: tuple[str, ...] = ()
-    repeats: int = 20
-    threads: int | None = None
-    command: tuple[str, ...] = ()
-
-    def made_with(self, calibration: str, selection: str) -> "ExportRequest":
-        """The same with these images for lower precisions, judged by the second where none are given to judge by."""
-        request = replace(self, calib_data=calibration, select_data=selection)
-        return request if self.eval_data else replace(request, eval_data=selection, certifies=False)
-
-    def engine_specs(self) -> list[EngineSpec]:
-        """The engines asked for; what cannot be built or run is refused, `BackendMissingError` without its package."""
-        if self.compute_capabilities and "tensorrt-rtx" not in self.targets:
-            raise InputError("Compute capabilities are chosen for tensorrt-rtx only, which is not among the targets.")
-        smallest, usual, largest = self.batches
-        specs = [
-            EngineSpec(
-                backend=target,
-                min_batch=smallest,
-                opt_batch=usual,
-                max_batch=largest,
-                compute_capabilities=(self.compute_capabilities or None) if target == "tensorrt-rtx" else None,
-            )
-            for target in self.targets
-            if target != "onnx"
-        ]
-        for spec in specs:
-            backend_version(spec.backend)
-        check_loads_onnx(self.runtime)
-        runtime_version(self.runtime)
-        for precision in self.low_precisions:
-            for spec in specs:
-                spec.fit_for(precision)
-        if lacking := [precision for precision in self.required if precision not in self.low_precisions]:
-            raise InputError(f"{self.require} is required, and the precisions do not name {few(lacking)}.")
-        return specs
-
-    @property
-    def required(self) -> Mapping[str, float]:
-        """The least share of the products by precision."""
-        return Requirement.parse(self.require).least if self.require else {}
-
-    @property
-    def low_precisions(self) -> tuple[str, ...]:
-        """Those besides FP32, in which the model is always exported."""
-        has_engines = any(target != "onnx" for target in self.targets)
-        return precisions_asked(self.precisions, self.runtime, has_engines=has_engines)[1:]
-
-    @property
-    def protocol(self) -> Protocol:
-        smallest, usual, _ = self.batches
-        return Protocol(
-            smallest=smallest,
-            usual=usual,
-            repeats=self.repeats,
-            threads=self.threads,
-            thresholds=thresholds_with_drop(self.max_drop),
-        )
-
-    def judges(self, source: LoadedModel) -> Judges | None:
-        """The images that lower precisions are made and chosen with; `InputError` where they are missing."""
-        if not self.low_precisions:
-            return None
-        if self.calib_data is None:
-            raise InputError(
-                f"{', '.join(self.low_precisions)}: lower precisions are calibrated and chosen on images; name some, "
-                "which need no labels and must not be the evaluation images, with --calib-data IMAGES."
-            )
-        return open_judges(
-            self.calib_data,
-            self.select_data,
-            source.config.preprocessing,
-            getattr(source.module, "num_classes", None),
-            count=self.calib_images,
-            seed=self.seed,
-        )
-
-    def workbench(self, judges: Judges, yardstick: Path, scratch: Path, on_step: Callable[[str], None]) -> Workbench:
-        """What lower precisions are made with; the dense model's FP32 file lies at `yardstick`."""
-        return Workbench(
-            judges=judges,
-            yardstick=yardstick,
-            limits=self.protocol.thresholds,
-            runtime=self.runtime,
-            threads=self.threads,
-            batch=self.batches[1],
-            scratch=scratch,
-            on_step=on_step,
-        )
-
-    def unmet(self, one: Exported) -> list[str]:
-        """What is required of the file's precision and not so."""
-        if one.precision not in self.required:
-            return []
-        if one.attestation is None:
-            return [f"{self.require} is required, and {one.runtime} runs no files in {one.precision} to see it"]
-        sentence = Requirement(least={one.precision: self.required[one.precision]}).unmet(one.attestation)
-        return [sentence] if sentence else []
 
 
 def load_exportable(path: Path, ranks: Path | None = None) -> LoadedModel:
@@ -277,18 +139,15 @@ def export_bundle(
             for one in _wanted(exported, request):
                 try:
                     low.append(_lower(one, folder, bench))
-                except InputError as error:
-                    if one.precision in CALIBRATED:  # on images that are no good
-                        raise
+                except BeyondRangeError as error:
                     lost.append(f"{one.called} was not made: {error}")
             runnable = [*exported, *(one for one in low if one.runs_here)]
             selected = prove(runnable, folder, judges.selection, request.protocol, in_torch=False, on_step=on_step)
         engines = []
         for spec, one in itertools.product(specs, (exported[-1], *low)):
-            if one.name == exported[-1].name:
+            if one.name == exported[-1].name and one.precision not in OF_ENGINES:
                 on_step(f"building the {spec.backend} engine of {one.called}")
-                engines.append((spec.fit_for(one.precision), one))
-                engine_from_onnx(folder / one.path, folder / _engine_path(spec, one), engines[-1][0])
+                engines.append(build_engine(spec.fit_for(one.precision), one, folder))
         chosen = _chosen(exported, low, selected, request)
         proof = prove(
             [*exported, *chosen],
@@ -309,13 +168,17 @@ def export_bundle(
             if one not in chosen
         ]
         by_path = {entry.path: entry for entry in (*certified, *others)}
-        engine_entries = [engine_entry(spec, one, by_path[one.path], folder, files) for spec, one in engines]
+        engine_entries = [
+            engine.entry(by_path[engine.source.path], folder, files, _unmet_by_engine(engine, request))
+            for engine in engines
+        ]
         recommended, reason = recommend(
             _shippable(certified, exported, chosen, selected, request),
             proof.latency,
             factorized=bool(source.config.ranks),
         )
-        notes = [*lost, *notes_on(source.config, dense, proof.report, record, seen, certifies=request.certifies)]
+        notes = [*lost, *(judges.notes() if judges else ())]
+        notes += notes_on(source.config, dense, proof.report, record, seen, certifies=request.certifies)
         if not_pivoted:
             notes.insert(0, note_on_pivots(not_pivoted))
         if request.asked is not None:
@@ -330,7 +193,8 @@ def export_bundle(
             recommended=recommended,
             recommendation_reason=reason,
             max_drop=request.max_drop,
-            unmet=[f"{one.onnx_name}: {line}" for one in low for line in request.unmet(one)],
+            unmet=[f"{one.onnx_name}: {line}" for one in low for line in _unmet(one, request)]
+            + [f"{entry.name}: {entry.reason}" for entry in engine_entries if entry.status == "failed"],
             selection=selected.report if selected else None,
             verification=proof.report,
             latency=proof.latency,
@@ -400,7 +264,7 @@ def _lower(one: Exported, folder: Path, bench: Workbench) -> Exported:
     path = folder / one.path
     record = write_precision(one.precision, folder / one.fp32_path, path, bench, one.name)
     attestation = None
-    if one.runs_here:
+    if one.runs_here and not one.is_for_engines:
         bench.on_step(f"looking at what computes {one.called}")
         attestation = attest(path, one.runtime, bench.judges.held_out(bench.batch), threads=bench.threads)
     return replace(one, quantization=record, attestation=attestation)
@@ -412,7 +276,8 @@ def _chosen(
     """Of the files of lower precision the one to certify: the fastest that passed, where it is faster than FP32."""
     if selected is None:
         return []
-    passed = [one for one in (*exported, *low) if _outcome(one, selected, request)[0] == "verified"]
+    rivals = [one for one in (*exported, *low) if not one.is_for_engines]
+    passed = [one for one in rivals if _outcome(one, selected, request)[0] == "verified"]
     fastest = min(passed, key=lambda one: selected.latency[one.onnx_name].ratio, default=None)
     return [fastest] if fastest is not None and fastest.precision != "fp32" else []
 
@@ -431,45 +296,36 @@ def _shippable(
     return [entry for entry in certified if entry.name in passed or entry.role == "yardstick"]
 
 
+def _unmet(one: Exported, request: ExportRequest) -> list[str]:
+    """What is required of the file's precision and not so."""
+    return request.unmet(one.precision, one.attestation, one.runtime)
+
+
+def _unmet_by_engine(engine: BuiltEngine, request: ExportRequest) -> list[str]:
+    """The same of an engine, where the GPU that it is for is here."""
+    if engine.attestation is None:
+        return []
+    return request.unmet(engine.of_products, engine.attestation, engine.spec.backend)
+
+
 def _outcome(one: Exported, proof: Proof | None, request: ExportRequest) -> tuple[Status, str | None]:
     """Status of a file by what the images of `proof` showed, and why."""
     if not one.runs_here:
         return "built, not run", f"{one.runtime} runs no files in {one.precision}"
     assert proof is not None
-    failures = [*request.unmet(one), *proof.failures(one)]
+    failures = [*_unmet(one, request), *proof.failures(one)]
     return ("failed", "; ".join(failures)) if failures else ("verified", None)
 
 
 def _outcome_of_loser(one: Exported, selected: Proof | None, request: ExportRequest) -> tuple[Status, str | None]:
     """The same of a file that was not chosen: it was run on the selection images alone."""
     status, reason = _outcome(one, selected, request)
+    if one.is_for_engines:
+        return (
+            status,
+            reason or "it passed on the selection images, computed as written: it is what engines are made of",
+        )
     return status, reason or "it passed on the selection images and is slower here than what was chosen"
-
-
-def engine_entry(
-    spec: EngineSpec, one: Exported, entry: ArtifactEntry, folder: Path, files: dict[str, str]
-) -> ArtifactEntry:
-    """What the manifest keeps of an engine that was built from the file `one`, of which it keeps `entry`."""
-    reason = "built for a device that is not here"
-    if one.quantization and (one.quantization.high or one.quantization.weight_bits < 8):
-        reason += f", from a file that was mixed and calibrated for {one.runtime} on this one"
-    path = _engine_path(spec, one)
-    return entry.model_copy(
-        update={
-            "name": f"{one.called}, {spec.backend}",
-            "path": path,
-            "kind": "engine",
-            "runtime": ORT_CPU,
-            "role": "candidate",
-            "status": "built, not run",
-            "reason": reason,
-            "certified": False,
-            "sha256": files[path],
-            "size_bytes": (folder / path).stat().st_size,
-            "spec": EngineRecord.of(spec),
-            "attestation": None,
-        }
-    )
 
 
 def _images_to_judge_by(request: ExportRequest, source: LoadedModel) -> ImageSet:
@@ -489,10 +345,6 @@ def _pivoted(source: LoadedModel) -> tuple[nn.Module, list[str]]:
         return source.module, []
     module = copy.deepcopy(source.module)
     return module, pivot_layers(module, source.config.pivoted)
-
-
-def _engine_path(spec: EngineSpec, one: Exported) -> str:
-    return f"engines/model-{one.precision}-{spec.backend}.engine"
 
 
 def _export_onnx(exported: Exported, folder: Path, request: ExportRequest) -> None:

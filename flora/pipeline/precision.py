@@ -5,7 +5,7 @@ that saves time; where the gate fails, layers go back, those first that lose mos
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from calibrate.sensitivity import LayerError, fewest, layer_errors, order_of_ret
 from export.benchmark import paired_latency
 from export.bundle import QuantizationRecord
 from export.images import ChoosableImages, ImageSet
-from export.runtimes import open_runner, runtime_called
+from export.runtimes import ORT_CPU, open_runner, runtime_called
 from export.tally import Tally
 from export.verify import Thresholds, judged
 from flora.errors import InputError, near_matches
@@ -30,18 +30,23 @@ from flora.imagesets import ImageSetRecord, at_most
 from flora.pipeline.images import Unlabelled, calibration_and_selection, labels_are_classes, open_images
 from flora.preprocessing import Preprocessing
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-CALIBRATED = ("int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8")
+# What engines are built from in the place of INT8 files, which suit the processor that they are run on.
+OF_ENGINES = {"int8": "int8-fp16"}
 CALIBRATION_BATCH = 4
 SELECTION_IMAGES = 2000
 # Images that the error of each trial, and of each layer, is measured on: logits are many numbers an image.
 ERROR_IMAGES, ERROR_BATCH = 64, 16
 LAYER_IMAGES = 16
 LATENCY_REPEATS = 11
+# A share of the model's time that is not told from none; of selection images, too few to tell a point of top-1.
+NO_TIME, FEW_IMAGES = 0.01, 100
 
 
 def precisions_asked(names: Sequence[str], runtime: str, *, has_engines: bool) -> tuple[str, ...]:
     """The precisions to build, FP32 first; `auto` stands for those that can pay on the runtime.
+
+    Engines have an INT8 file of their own.
 
     `InputError` for one that neither the runtime nor an engine can take.
     """
@@ -58,6 +63,8 @@ def precisions_asked(names: Sequence[str], runtime: str, *, has_engines: bool) -
                 "leave it out, or build an engine that takes it with --to."
             )
         found += runtime_called(runtime).worthwhile if name == "auto" else [name]
+    if has_engines:
+        found += [OF_ENGINES[name] for name in found if name in OF_ENGINES]
     return tuple(dict.fromkeys(found))
 
 
@@ -72,6 +79,14 @@ class Judges:
     selection: ImageSet
     spread: ChoosableImages
     records: dict[str, ImageSetRecord]
+
+    def notes(self) -> Iterator[str]:
+        """What images so few do not show."""
+        if len(self.selection) < FEW_IMAGES:
+            yield (
+                f"Precisions were chosen on {len(self.selection)} selection images, which hardly tell one from "
+                f"another; give {FEW_IMAGES} or more with --select-data."
+            )
 
     def batches(self) -> "_Batches":
         return _Batches(self.calibration)
@@ -130,7 +145,7 @@ class Workbench:
     """What files of lower precision are made and judged with.
 
     `yardstick` is the dense model's FP32 file, from which top-1 may drop as far as `limits["lowrank"]` says; the others
-    hold what a precision may change.
+    hold what a precision may change. `for_engines`, INT8 is not fitted to this processor and has FP16 around it.
     """
 
     judges: Judges
@@ -141,11 +156,12 @@ class Workbench:
     batch: int
     scratch: Path
     on_step: Callable[[str], None]
+    for_engines: bool = False
     known: dict[Path, list[np.ndarray]] = field(default_factory=dict)
 
     def failures(self, path: Path, precision: str, source: Path) -> list[str]:
         """What the file misses on the selection images, against `source` and the yardstick."""
-        with open_runner(self.runtime, path, threads=self.threads) as run:
+        with open_runner(self.runtime, path, threads=self.threads, as_written=self.for_engines) as run:
             seen = [(run(images), labels) for images, labels in self.judges.selection.batches(self.batch)]
         lines = []
         for kind, file in ((precision, source), ("lowrank", self.yardstick)):
@@ -175,14 +191,24 @@ class Workbench:
 
 
 def write_precision(precision: str, source: Path, out: Path, bench: Workbench, name: str) -> QuantizationRecord | None:
-    """Write the FP32 file `source`, of the model called `name`, in another precision; what was chosen, if anything."""
+    """Write the FP32 file `source`, of the model called `name`, in another precision; what was chosen, if anything.
+
+    `BeyondRangeError` where the precision has no numbers for what the model holds or gives.
+    """
     if precision == "int8":
-        return _int8(source, out, bench, name)
+        return _int8(source, out, bench, name, precision)
+    if precision != "bf16":
+        bench.on_step(f"looking whether fp16 holds what {name} gives")
+        check_fits_fp16(source, bench.judges.batches(), threads=bench.threads)
+    if precision in OF_ENGINES.values():
+        # As it is written: kernels of this processor are not those of the engine.
+        return _int8(source, out, replace(bench, for_engines=True, runtime=ORT_CPU, known={}), name, precision)
     bench.on_step(f"writing {name} in {precision}")
     if precision == "fp8":
-        return write_float8(source, out, bench.judges, bench.threads)
-    if precision == "fp16":
-        check_fits_fp16(source, bench.judges.batches(), threads=bench.threads)
+        full = bench.scratch / "fp8.onnx"
+        record = write_float8(source, full, bench.judges, bench.threads)
+        half_onnx(full, out, "fp16")
+        return record
     half_onnx(source, out, precision)
     return None
 
@@ -195,8 +221,8 @@ def write_float8(source: Path, out: Path, judges: Judges, threads: int | None) -
     return QuantizationRecord(images=ranges.images, digest=digest, method=ranges.method, basis="plain")
 
 
-def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationRecord:
-    folder = bench.scratch / source.stem
+def _int8(source: Path, out: Path, bench: Workbench, name: str, precision: str) -> QuantizationRecord:
+    folder = bench.scratch / out.stem
     folder.mkdir()
     trials = int8_trials(
         source,
@@ -204,31 +230,41 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationR
         bench.judges,
         bench.runtime,
         bench.threads,
-        lambda trial: bench.on_step(f"calibrating {name}: {trial}"),
+        lambda trial: bench.on_step(f"calibrating {name} in {precision}: {trial}"),
+        for_engines=bench.for_engines,
     )
     best = trials[0]
     layers = products_by_layer(onnx.load(best.source), onnx.load(best.quantized))
 
     def write(high: Sequence[str]) -> None:
-        write_mixed(best.source, best.quantized, out, products_but(layers, high))
+        mixed = folder / "mixed.onnx" if bench.for_engines else out
+        write_mixed(best.source, best.quantized, mixed, products_but(layers, high))
+        if bench.for_engines:
+            half_onnx(mixed, out, "fp16")
 
-    bench.on_step(f"timing kinds of layers of {name} in int8")
-    saved = _saved(layers, best, bench)
-    slower = [layer for layer in layers if saved[layer] <= 0]
+    bench.on_step(f"timing kinds of layers of {name} in {precision}")
+    saved = dict.fromkeys(layers, 1.0) if bench.for_engines else _saved(layers, best, bench)
+    slower = [layer for layer in layers if saved[layer] < 0]
     if len(slower) == len(layers):
         slower = []  # INT8 pays nowhere here: the file shows what it costs
     write(slower)
     errors: list[LayerError] = []
     high = slower
-    if bench.failures(out, "int8", source):
+    if bench.failures(out, precision, source):
         bench.on_step(f"measuring how sensitive each layer of {name} is")
-        errors = layer_errors(best.source, best.quantized, bench.judges.held_out(LAYER_IMAGES), threads=bench.threads)
+        errors = layer_errors(
+            best.source,
+            best.quantized,
+            bench.judges.held_out(LAYER_IMAGES),
+            threads=bench.threads,
+            as_written=bench.for_engines,
+        )
         open_to = [error for error in errors if error.layer not in slower]
 
         def holds(order: Sequence[str], count: int) -> bool:
-            bench.on_step(f"checking {name}: {len(slower) + count} of {len(layers)} layers in fp32")
+            bench.on_step(f"checking {name} in {precision}: {len(slower) + count} of {len(layers)} layers stay high")
             write([*slower, *order[:count]])
-            return not bench.failures(out, "int8", source)
+            return not bench.failures(out, precision, source)
 
         # A gate that no layer with much error holds may leave room for those with the least, whatever they save.
         for order in (order_of_return(open_to, saved), [error.layer for error in open_to]):
@@ -245,7 +281,7 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str) -> QuantizationR
 def record_of(
     trials: Sequence[Trial], judges: Judges, high: dict[str, str], errors: Sequence[LayerError] = ()
 ) -> QuantizationRecord:
-    """What is kept of an INT8 file, which came of the first of `trials`; `high` are layers in FP32, and why."""
+    """What is kept of an INT8 file, which came of the first of `trials`; `high` are layers not in INT8, and why."""
     return QuantizationRecord(
         images=len(judges.calibration),
         digest=judges.records["calibration"].digest,
@@ -258,9 +294,11 @@ def record_of(
     )
 
 
-def logits_of_file(path: Path, images: np.ndarray, runtime: str, threads: int | None) -> np.ndarray:
+def logits_of_file(
+    path: Path, images: np.ndarray, runtime: str, threads: int | None, *, as_written: bool = False
+) -> np.ndarray:
     """Logits [B, classes] of an ONNX file on images [B, C, H, W]."""
-    with open_runner(runtime, path, threads=threads) as run:
+    with open_runner(runtime, path, threads=threads, as_written=as_written) as run:
         return np.concatenate([run(images[i : i + ERROR_BATCH]) for i in range(0, len(images), ERROR_BATCH)])
 
 
@@ -271,23 +309,38 @@ def int8_trials(
     runtime: str,
     threads: int | None,
     on_trial: Callable[[str], None],
+    *,
+    for_engines: bool = False,
 ) -> list[Trial]:
-    """INT8 files of `source` in `folder`, the best first, by their logits on images held out, on `runtime`."""
+    """INT8 files of `source` in `folder`, the best first, by their logits on images held out, on `runtime`.
+
+    `for_engines` they are judged with FP16 around the products, as engines get them, and have 8-bit weights.
+    """
     images = judges.held_out(ERROR_IMAGES)
     expected = logits_of_file(source, images, runtime, threads)
+
+    def error(file: Path) -> float:
+        if for_engines:
+            half_onnx(file, file := folder / "half.onnx", "fp16")
+        return sqnr_db(expected, logits_of_file(file, images, runtime, threads, as_written=for_engines))
+
     return quantize_best(
         source,
         folder,
         judges.batches(),
         len(judges.calibration),
-        sqnr_db=lambda file: sqnr_db(expected, logits_of_file(file, images, runtime, threads)),
+        sqnr_db=error,
+        weight_bits=(8,) if for_engines else (8, 7),
         threads=threads,
         on_trial=on_trial,
     )
 
 
 def _saved(layers: dict[str, list[str]], best: Trial, bench: Workbench) -> dict[str, float]:
-    """What INT8 saves in each layer, as a share of the model's time: measured for each kind of layer at once."""
+    """What INT8 saves in each layer, as a share of the model's time: measured for each kind of layer at once.
+
+    Nothing, where a kind of layer takes hardly longer: bytes are smaller all the same.
+    """
     kinds: dict[str, list[str]] = {}
     for layer in layers:
         kinds.setdefault(kind_of(layer), []).append(layer)
@@ -296,6 +349,7 @@ def _saved(layers: dict[str, list[str]], best: Trial, bench: Workbench) -> dict[
     for members in kinds.values():
         write_mixed(best.source, best.quantized, without, products_but(layers, members))
         share = bench.time_ratio(without, best.quantized) - 1
+        share = 0.0 if -NO_TIME < share < 0 else share
         saved |= {layer: share / len(members) for layer in members}
     without.unlink()
     return saved

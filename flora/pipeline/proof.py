@@ -60,6 +60,11 @@ class Exported:
         return self.path.replace(f"-{self.precision}.", "-fp32.")
 
     @property
+    def is_for_engines(self) -> bool:
+        """Whether the file shows here what engines will compute, not how fast."""
+        return self.precision in runtime_called(self.runtime).only_shown
+
+    @property
     def runs_here(self) -> bool:
         """Whether the runtime takes a file of this precision."""
         return self.precision in runtime_called(self.runtime).files
@@ -152,7 +157,13 @@ def prove(
 
 
 def _open(one: Exported, folder: Path, protocol: Protocol) -> Runner:
-    return open_runner(one.runtime, folder / one.path, name=one.onnx_name, threads=protocol.threads)
+    return open_runner(
+        one.runtime,
+        folder / one.path,
+        name=one.onnx_name,
+        threads=protocol.threads,
+        as_written=one.is_for_engines,
+    )
 
 
 def _fp32_stages(

@@ -8,7 +8,7 @@ from typing import Protocol
 from flora.errors import InputError
 from flora.lowrank.checkpoint import LoadedModel
 from flora.lowrank.targets import find_targets, trace_cost
-from flora.pipeline.export import ExportRequest
+from flora.pipeline.export_request import ExportRequest
 from flora.pipeline.latency import LatencyRequest, load_table, measure_latency
 from flora.pipeline.notes import AskedLatency
 from flora.ranks.budget import (

@@ -18,7 +18,8 @@ from flora.pipeline.build import build
 from flora.pipeline.compact import materialize_job, with_reference_of
 from flora.pipeline.compensate import compensate_job
 from flora.pipeline.drop import ranks_within_drop
-from flora.pipeline.export import ExportRequest, export_job
+from flora.pipeline.export import export_job
+from flora.pipeline.export_request import ExportRequest
 from flora.pipeline.images import calibration_and_selection, certified_images, names_by_digest, refuse_duplicates
 from flora.pipeline.job import OnStart, folder_of_steps, forget_unfinished
 from flora.pipeline.latency import RANK_MULTIPLE, LatencyRequest

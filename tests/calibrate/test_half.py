@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calibrate import files
+from calibrate.files import open_session
 from calibrate.half import PRECISIONS, check_fits_fp16, half_onnx
 from calibrate.ranges import measure_ranges
 from calibrate.static import quantize_onnx
@@ -21,6 +22,13 @@ def halves(fashion_onnx, tmp_path_factory):
     for precision in PRECISIONS:
         half_onnx(fashion_onnx, folder / f"{precision}.onnx", precision)
     return {precision: folder / f"{precision}.onnx" for precision in PRECISIONS}
+
+
+def types_of_values(path) -> dict[str, int]:
+    model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return types | {value.name: value.type.tensor_type.elem_type for value in values}
 
 
 def planted(source, path, value: float, name="blocks.3.mlp.fc1.bias"):
@@ -49,11 +57,8 @@ def test_bf16_answers_as_the_model_does_on_openvino_for_onnx_runtime_has_no_kern
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_are_halved_and_sums_are_not(fashion_onnx, halves, precision):
     assert halves[precision].stat().st_size < 0.51 * fashion_onnx.stat().st_size
-    model = onnx.shape_inference.infer_shapes(onnx.load(halves[precision]), strict_mode=True)
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
-    types |= {value.name: value.type.tensor_type.elem_type for value in values}
-    for node in model.graph.node:
+    types = types_of_values(halves[precision])
+    for node in onnx.load(halves[precision]).graph.node:
         if node.op_type in ("MatMul", "Gemm", "Gelu", "Add"):
             assert {types[name] for name in (*node.input, *node.output)} <= {PRECISIONS[precision], TensorProto.INT64}
         if node.op_type in ("LayerNormalization", "Softmax"):
@@ -124,13 +129,41 @@ def test_an_image_on_which_it_overflows_may_be_any(fashion_onnx, calibration, tm
         check_fits_fp16(beside, [*calibration[:2], extreme])
 
 
-def test_a_quantized_file_and_an_unknown_precision_are_refused(fashion_onnx, calibration, tmp_path):
-    quantize_onnx(fashion_onnx, tmp_path / "int8.onnx", measure_ranges(fashion_onnx, calibration, "min-max"))
-    with pytest.raises(InputError, match="is quantized already"):
-        half_onnx(tmp_path / "int8.onnx", tmp_path / "half.onnx", "fp16")
+def test_around_quantized_products_everything_is_in_half_precision_scales_included(
+    fashion_onnx, calibration, test_images, tmp_path
+):
+    low, half = tmp_path / "int8.onnx", tmp_path / "half.onnx"
+    quantize_onnx(fashion_onnx, low, measure_ranges(fashion_onnx, calibration, "min-max"))
+    half_onnx(low, half, "fp16")
+    types = types_of_values(half)
+    for node in onnx.load(half).graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert types[node.input[1]] == TensorProto.FLOAT16
+        if node.op_type == "MatMul":
+            assert {types[name] for name in node.input} == {TensorProto.FLOAT16}
+    sessions = [open_session(file, 1, as_written=True) for file in (low, half)]
+    expected, found = (session.run(None, {"images": test_images})[0] for session in sessions)
+    assert compare(expected, found).cosine.mean() > 0.999
+
+
+def test_a_scale_too_small_for_fp16_does_not_become_zero(tmp_path):
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 4])
+    logits_out = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])
+    constants = [numpy_helper.from_array(np.float32(1e-9), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [images], [logits_out], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    half_onnx(tmp_path / "m.onnx", tmp_path / "half.onnx", "fp16")
+    assert np.isfinite(logits(tmp_path / "half.onnx", np.zeros((1, 4), np.float32))).all()
+
+
+def test_an_unknown_precision_is_refused(fashion_onnx, tmp_path):
     with pytest.raises(InputError, match=r"'fp6' is no half precision; give one of fp16, bf16\. Did you mean fp16"):
         half_onnx(fashion_onnx, tmp_path / "half.onnx", "fp6")
-    assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_too_large_for_one_file_go_beside_it(halves, fashion_onnx, test_images, tmp_path, monkeypatch):

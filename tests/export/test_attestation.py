@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from calibrate.mixed import write_mixed
 from calibrate.ranges import measure_ranges
 from calibrate.static import quantize_onnx
-from export.attestation import Attestation, Requirement, attest, attest_engine
+from export.attestation import Attestation, Requirement, attest, attest_inspected
 from flora.errors import InputError
 
 RUNTIMES = ("ort-cpu", "openvino")
@@ -145,7 +145,7 @@ LAYERS = [
 
 
 def test_an_engine_is_judged_by_the_kernels_that_its_inspector_names():
-    found = attest_engine(json.dumps({"Layers": LAYERS, "Bindings": ["images", "logits"]}))
+    found = attest_inspected(json.dumps({"Layers": LAYERS, "Bindings": ["images", "logits"]}), "it")
     assert found.products == {"int8": 3, "fp16": 2, "bf16": 1, "tf32": 1, "fp32": 1}
     assert found.shares["int8"] == 3 / 8
     assert (found.weighted_by, found.source) == ("count", "engine inspector of TensorRT")
@@ -158,7 +158,7 @@ def test_the_layout_from_tensorrt_11_on_is_read_as_well():
         layer("gemm", "sm89_xmma_gemm", "FP8", "FP8", "Half", key="DataType"),
         layer("gemm", "sm89_xmma_gemm", "Half", "Half", key="DataType"),
     ]
-    assert attest_engine(json.dumps({"Layers": layers, "I/O Tensors": []})).products == {"fp8": 1, "fp16": 1}
+    assert attest_inspected(json.dumps({"Layers": layers, "I/O Tensors": []}), "it").products == {"fp8": 1, "fp16": 1}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_the_layout_from_tensorrt_11_on_is_read_as_well():
 )
 def test_an_engine_that_tells_nothing_is_refused(text, message):
     with pytest.raises(InputError, match=message):
-        attest_engine(text)
+        attest_inspected(text, "it")
 
 
 def attestation(**shares: float) -> Attestation:

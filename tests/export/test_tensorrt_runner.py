@@ -1,6 +1,7 @@
 """The TensorRT runner against a fake of the absent GPU: a device that is memory of the host, an engine that sums."""
 
 import ctypes
+import json
 import math
 import sys
 from enum import IntEnum
@@ -9,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from export.attestation import attest_engine
 from export.tensorrt_runner import TensorRtRunner
 from flora.errors import BackendMissingError, FloraError, InputError
 
@@ -90,11 +92,25 @@ class FakeEngine:
     def set_tensor_address(self, name: str, address: int) -> None:
         self.addresses[name] = address
 
+    def create_engine_inspector(self) -> "FakeInspector":
+        return FakeInspector()
+
     def execute_async_v3(self, stream: int) -> bool:
         if self.runs:
             images = seen(self.addresses["images"], self.shape)
             seen(self.addresses["logits"], (self.shape[0], CLASSES))[:] = expected(images)
         return self.runs
+
+
+class FakeInspector:
+    """Knows an engine of one product in FP16, once it has been told in which context."""
+
+    execution_context = None
+
+    def get_engine_information(self, form: str) -> str:
+        assert (form, self.execution_context is not None) == ("json", True)
+        inputs = [{"Name": "images", "Format/Datatype": "Row major linear FP16 format"}]
+        return json.dumps({"Layers": [{"Name": "head", "LayerType": "gemm", "Inputs": inputs, "Outputs": []}]})
 
 
 def seen(address: int, shape: tuple) -> np.ndarray:
@@ -111,6 +127,7 @@ def gpu(monkeypatch) -> FakeGpu:
     trt = ModuleType("tensorrt")
     trt.__version__ = "11.4"
     trt.ILogger = type("ILogger", (), {"Severity": IntEnum("Severity", "INTERNAL_ERROR ERROR")})
+    trt.LayerInformationFormat = SimpleNamespace(JSON="json")
     trt.TensorIOMode = SimpleNamespace(INPUT="in")
     trt.nptype = lambda dtype: {"float": np.float32}[dtype]
     trt.Runtime = lambda logger: SimpleNamespace(
@@ -144,6 +161,11 @@ def test_images_go_to_the_gpu_and_logits_come_back_at_any_batch_and_nothing_is_l
     assert not gpu.memory
     with pytest.raises(InputError, match="closed"):
         runner(images(1))
+
+
+def test_an_engine_tells_what_its_products_are_computed_in(gpu, engine):
+    found = attest_engine(engine)
+    assert (found.source, found.shares) == ("engine inspector of TensorRT", {"fp16": 1.0})
 
 
 def test_what_is_timed_copies_nothing(gpu, engine):

@@ -26,7 +26,7 @@ from flora.lowrank.checkpoint import (
 )
 from flora.lowrank.weights import read_weights, save_weights
 from flora.pipeline.compress import CompressRequest, compress
-from flora.pipeline.export import ExportRequest
+from flora.pipeline.export_request import ExportRequest
 from flora.ranks.config import RankConfig
 from flora.ranks.evolution import SearchSettings
 from flora.ranks.latency import LatencyModel

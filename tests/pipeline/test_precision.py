@@ -18,7 +18,8 @@ from export.runtimes import RUNTIMES
 from export.verify import THRESHOLDS, Thresholds
 from flora.errors import InputError
 from flora.lowrank.checkpoint import load_model
-from flora.pipeline.export import ExportRequest, _wanted
+from flora.pipeline.export import _wanted
+from flora.pipeline.export_request import ExportRequest
 from flora.pipeline.family import _member
 from flora.pipeline.precision import (
     Workbench,
@@ -136,13 +137,11 @@ def test_errors_are_measured_on_images_of_every_class(bench):
     assert set(spread_over(bench.judges.spread, 20).labels()) == set(range(10))
 
 
-def test_what_is_required_of_a_file_that_cannot_be_run_is_not_met(worked):
-    loaded = load_model(str(worked.dense))
+def test_what_is_required_of_what_cannot_be_run_is_not_met():
     request = ExportRequest(eval_data=None, runtime="openvino", precisions=("fp8",), require="fp8>=80%")
-    one = Exported(
-        name="dense", runtime="openvino", role="candidate", model=loaded, path="", module=loaded.module, precision="fp8"
-    )
-    assert request.unmet(one) == ["fp8>=80% is required, and openvino runs no files in fp8 to see it"]
+    said = "fp8>=80% is required, and openvino computes nothing in fp8 here to see it"
+    assert request.unmet("fp8", None, "openvino") == [said]
+    assert request.unmet("int8", None, "openvino") == []
 
 
 def test_a_scale_four_times_too_large_is_caught_and_named(stacked, tmp_path):
@@ -219,6 +218,35 @@ def test_a_gate_that_no_layer_holds_leaves_a_file_that_fails(worked, bench, tmp_
     assert any("cosine" in line for line in hopeless.failures(tmp_path / "int8.onnx", "int8", source))
 
 
+def test_engines_are_built_from_files_of_their_own_and_these_are_verified_but_not_shipped(worked, tmp_path):
+    options = ("--precision", "int8,fp8", "--to", "onnx,tensorrt-rtx", "--compute-capabilities", "sm89")
+    outcome = export(worked, tmp_path / "bundle", *options, "--max-drop", 100)
+    assert outcome.code == 0, outcome.message
+    manifest = manifest_of(tmp_path / "bundle")
+    entries = {entry["path"]: entry for entry in manifest["artifacts"]}
+    engines = {path for path, entry in entries.items() if entry["kind"] == "engine"}
+    assert engines == {f"engines/model-{precision}-tensorrt-rtx.engine" for precision in ("fp32", "int8-fp16", "fp8")}
+    for precision in ("int8-fp16", "fp8"):
+        source, engine = (
+            entries[f"onnx/model-{precision}.onnx"],
+            entries[f"engines/model-{precision}-tensorrt-rtx.engine"],
+        )
+        made = source["quantization"]
+        assert made == engine["quantization"]
+        assert (made["weight_bits"], "int8 saves no time" in made["high"].values()) == (8, False)
+        assert (source["certified"], engine["status"]) == (False, "built, not run")
+        # Of random weights little precision keeps the answers; the engine says of its file what was found.
+        assert source["status"] in ("verified", "failed")
+        assert (source["status"] == "failed") == ("its ONNX file, computed as written, failed" in engine["reason"])
+        assert ("it is what engines are made of" in source["reason"]) == (source["status"] == "verified")
+        assert source["attestation"] is None
+        graph = onnx.load(tmp_path / "bundle" / source["path"]).graph
+        scales = {node.input[1] for node in graph.node if node.op_type == "QuantizeLinear"}
+        types = {tensor.data_type for tensor in graph.initializer if tensor.name in scales}
+        assert types == {onnx.TensorProto.FLOAT16}
+    assert "fp16" not in manifest["recommended"]
+
+
 def test_what_is_required_and_not_so_fails_the_build(worked, tmp_path):
     outcome = export(worked, tmp_path / "bundle", "--precision", "int8", "--require", "int8>=100%", "--max-drop", 30)
     assert outcome.code == 3
@@ -231,8 +259,11 @@ def test_what_is_required_and_not_so_fails_the_build(worked, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--precision", "int4"), "no precision; give fp32, fp16, bf16, int8, fp8 or auto. Did you mean int8"),
-        (("--precision", "bf16"), "ort-cpu runs no files in bf16, only fp32, fp16, int8, fp8"),
+        (
+            ("--precision", "int4"),
+            "no precision; give fp32, fp16, bf16, int8, int8-fp16, fp8 or auto. Did you mean int8",
+        ),
+        (("--precision", "bf16"), "ort-cpu runs no files in bf16, only fp32, fp16, int8, int8-fp16, fp8"),
         (("--precision", "fp16", "--require", "int8>=80%"), "the precisions do not name int8"),
         (("--precision", "int8", "--require", "int8>80"), "give a precision and the least share"),
         (
@@ -260,8 +291,10 @@ def test_images_are_needed_and_never_those_of_the_evaluation(worked, tmp_path):
 def test_one_image_calibrates_and_constant_ones_do_not(worked, tmp_path):
     one = export(worked, tmp_path / "one", "--precision", "int8", "--calib-images", 1, "--max-drop", 100)
     assert one.code in (0, 3), one.message
-    (low,) = (entry for entry in manifest_of(tmp_path / "one")["artifacts"] if entry["precision"] == "int8")
+    manifest = manifest_of(tmp_path / "one")
+    (low,) = (entry for entry in manifest["artifacts"] if entry["precision"] == "int8")
     assert low["quantization"]["images"] == 1
+    assert any("selection images, which hardly tell one from another" in note for note in manifest["notes"])
     black = tmp_path / "black.tar"
     with tarfile.open(black, "w") as archive:
         for i in range(8):
@@ -306,11 +339,13 @@ def test_precisions_follow_the_runtime():
     assert precisions_asked(["auto"], "ort-cpu", has_engines=False) == ("fp32", "int8")
     assert precisions_asked(["auto", "fp8"], "ort-cuda", has_engines=False) == ("fp32", "fp16", "int8", "fp8")
     assert precisions_asked(["bf16"], "ort-cpu", has_engines=True) == ("fp32", "bf16")
+    assert precisions_asked(["int8"], "openvino", has_engines=True) == ("fp32", "int8", "int8-fp16")
     assert precisions_asked([], "openvino", has_engines=False) == ("fp32",)
     with pytest.raises(InputError, match="runs no files in fp8"):
         precisions_asked(["fp8"], "openvino", has_engines=False)
     for runtime in RUNTIMES.values():
-        assert set(runtime.worthwhile) <= set(runtime.files)
+        assert {*runtime.worthwhile, *runtime.only_shown} <= set(runtime.files)
+        assert not set(runtime.worthwhile) & set(runtime.only_shown)
 
 
 def test_compress_takes_precisions_and_does_nothing_twice(worked, tmp_path):

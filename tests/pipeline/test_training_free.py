@@ -21,7 +21,7 @@ from flora.lowrank.supernet import active_ranks
 from flora.pipeline.build import build
 from flora.pipeline.compact import chosen_ranks
 from flora.pipeline.compensate import compensate_job
-from flora.pipeline.export import ExportRequest
+from flora.pipeline.export_request import ExportRequest
 from flora.pipeline.images import labels_are_classes
 from flora.pipeline.sensitivity import (
     SENSITIVITY,

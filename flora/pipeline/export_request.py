@@ -1,0 +1,144 @@
+"""What an export is asked for: targets, precisions, images to prove it with, and what is required of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from export.attestation import Attestation, Requirement
+from export.engines import EngineSpec, backend_version
+from export.runtimes import ORT_CPU, check_loads_onnx, runtime_version
+from export.verify import thresholds_with_drop
+from flora.errors import InputError, few
+from flora.lowrank.checkpoint import LoadedModel
+from flora.pipeline.notes import AskedLatency
+from flora.pipeline.precision import Judges, Workbench, open_judges, precisions_asked
+from flora.pipeline.proof import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to export and how to prove it; `batches` are the smallest, usual and largest one.
+
+    With `certifies` the images must be none that the model was made with; without, they are those it was chosen by,
+    and their labels count only where they are the model's classes. `runtime` runs the ONNX files, here and in later
+    verifications.
+
+    For `precisions` other than FP32, ranges are measured on `calib_images` of `calib_data`, and every choice is made on
+    `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
+    what share of the products they must compute in, such as "int8>=80%".
+    """
+
+    eval_data: str | None
+    certifies: bool = True
+    runtime: str = ORT_CPU
+    asked: AskedLatency | None = None
+    precisions: tuple[str, ...] = ()
+    calib_data: str | None = None
+    select_data: str | None = None
+    calib_images: int = 128
+    seed: int = 0
+    compare: bool = False
+    require: str | None = None
+    targets: tuple[str, ...] = ("onnx",)
+    reference: Path | None = None
+    max_drop: float = 1.0
+    opset: int = 20
+    batches: tuple[int, int, int] = (1, 8, 64)
+    compute_capabilities: tuple[str, ...] = ()
+    repeats: int = 20
+    threads: int | None = None
+    command: tuple[str, ...] = ()
+
+    def made_with(self, calibration: str, selection: str) -> "ExportRequest":
+        """The same with these images for lower precisions, judged by the second where none are given to judge by."""
+        request = replace(self, calib_data=calibration, select_data=selection)
+        return request if self.eval_data else replace(request, eval_data=selection, certifies=False)
+
+    def engine_specs(self) -> list[EngineSpec]:
+        """The engines asked for; what cannot be built or run is refused, `BackendMissingError` without its package."""
+        if self.compute_capabilities and "tensorrt-rtx" not in self.targets:
+            raise InputError("Compute capabilities are chosen for tensorrt-rtx only, which is not among the targets.")
+        smallest, usual, largest = self.batches
+        specs = [
+            EngineSpec(
+                backend=target,
+                min_batch=smallest,
+                opt_batch=usual,
+                max_batch=largest,
+                compute_capabilities=(self.compute_capabilities or None) if target == "tensorrt-rtx" else None,
+            )
+            for target in self.targets
+            if target != "onnx"
+        ]
+        for spec in specs:
+            backend_version(spec.backend)
+        check_loads_onnx(self.runtime)
+        runtime_version(self.runtime)
+        for precision in self.low_precisions:
+            for spec in specs:
+                spec.fit_for(precision)
+        if lacking := [precision for precision in self.required if precision not in self.low_precisions]:
+            raise InputError(f"{self.require} is required, and the precisions do not name {few(lacking)}.")
+        return specs
+
+    @property
+    def required(self) -> Mapping[str, float]:
+        """The least share of the products by precision."""
+        return Requirement.parse(self.require).least if self.require else {}
+
+    @property
+    def low_precisions(self) -> tuple[str, ...]:
+        """Those besides FP32, in which the model is always exported."""
+        has_engines = any(target != "onnx" for target in self.targets)
+        return precisions_asked(self.precisions, self.runtime, has_engines=has_engines)[1:]
+
+    @property
+    def protocol(self) -> Protocol:
+        smallest, usual, _ = self.batches
+        return Protocol(
+            smallest=smallest,
+            usual=usual,
+            repeats=self.repeats,
+            threads=self.threads,
+            thresholds=thresholds_with_drop(self.max_drop),
+        )
+
+    def judges(self, source: LoadedModel) -> Judges | None:
+        """The images that lower precisions are made and chosen with; `InputError` where they are missing."""
+        if not self.low_precisions:
+            return None
+        if self.calib_data is None:
+            raise InputError(
+                f"{', '.join(self.low_precisions)}: lower precisions are calibrated and chosen on images; name some, "
+                "which need no labels and must not be the evaluation images, with --calib-data IMAGES."
+            )
+        return open_judges(
+            self.calib_data,
+            self.select_data,
+            source.config.preprocessing,
+            getattr(source.module, "num_classes", None),
+            count=self.calib_images,
+            seed=self.seed,
+        )
+
+    def workbench(self, judges: Judges, yardstick: Path, scratch: Path, on_step: Callable[[str], None]) -> Workbench:
+        """What lower precisions are made with; the dense model's FP32 file lies at `yardstick`."""
+        return Workbench(
+            judges=judges,
+            yardstick=yardstick,
+            limits=self.protocol.thresholds,
+            runtime=self.runtime,
+            threads=self.threads,
+            batch=self.batches[1],
+            scratch=scratch,
+            on_step=on_step,
+        )
+
+    def unmet(self, precision: str, attestation: Attestation | None, where: str) -> list[str]:
+        """What is required of what computes in `precision` on the device called `where`, and not so."""
+        if precision not in self.required:
+            return []
+        if attestation is None:
+            return [f"{self.require} is required, and {where} computes nothing in {precision} here to see it"]
+        sentence = Requirement(least={precision: self.required[precision]}).unmet(attestation)
+        return [sentence] if sentence else []
