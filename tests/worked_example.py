@@ -48,18 +48,16 @@ class WorkedExample:
         """The dense model's folder."""
         folder = self.root / "dense"
         config = ModelConfig(model=MODEL, args=tiny_args(), preprocessing=GREY)
-        save_model(folder, self._labeller, config)
+        save_model(folder, self._labelled[0], config)
         return folder
 
     @cached_property
     def images(self) -> Path:
         """A tar of images of Fashion-MNIST, each under the class that the dense model sees in it."""
         images = self._fashion
-        classes = self._labeller(torch.from_numpy(next(images.batches(len(images)))[0])).argmax(1)
-        assert classes.unique().tolist() == list(range(10)), "every class must win somewhere, or labels shift"
         path = self.root / "images.tar"
         with tarfile.open(path, "w") as archive:
-            for number, label in enumerate(classes.tolist()):
+            for number, label in enumerate(self._labelled[1]):
                 content = io.BytesIO()
                 images[number][0].save(content, "png")
                 member = tarfile.TarInfo(f"{label}/{number}.png")
@@ -120,15 +118,9 @@ class WorkedExample:
         return LabelledImages(f"{FASHION / 'test.tar'},limit={IMAGES}", GREY)
 
     @cached_property
-    @torch.no_grad()
-    def _labeller(self) -> nn.Module:
-        """A random model whose logits are shifted and scaled so that no class wins all images."""
+    def _labelled(self) -> tuple[nn.Module, list[int]]:
         model = tiny_model("vit")
-        images = torch.from_numpy(next(self._fashion.batches(IMAGES))[0])
-        logits = model(images)
-        model.head.weight /= logits.std(0)[:, None]
-        model.head.bias.copy_((model.head.bias - logits.mean(0)) / logits.std(0))
-        return model
+        return model, label_by(model, torch.from_numpy(next(self._fashion.batches(IMAGES))[0]))
 
     def _made(self, command: str, *args: object) -> Path:
         out = self.root / command
@@ -137,6 +129,17 @@ class WorkedExample:
         assert outcome.code == 0, outcome
         self.outcomes[command] = outcome
         return out
+
+
+@torch.no_grad()
+def label_by(model: nn.Module, images: torch.Tensor) -> list[int]:
+    """The classes that a random model sees, its logits shifted and scaled so that every class wins some images."""
+    logits = model(images)
+    model.head.weight /= logits.std(0)[:, None]
+    model.head.bias.copy_((model.head.bias - logits.mean(0)) / logits.std(0))
+    classes = model(images).argmax(1)
+    assert classes.unique().tolist() == list(range(10)), "every class must win somewhere, or labels shift"
+    return classes.tolist()
 
 
 @functools.cache

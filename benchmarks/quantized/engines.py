@@ -8,10 +8,11 @@ from typing import Any
 from quantized.files import noise_ranges, random_fp32, random_int8
 
 from calibrate.float8 import quantize_onnx_to_float8
+from calibrate.half import half_onnx
 from export.engines import EngineSpec, engine_from_onnx
 from flora.errors import FloraError
 
-PRECISIONS = ("int8", "fp8")
+PRECISIONS = ("int8-fp16", "fp8")
 
 
 def measure_engines(name: str) -> dict[str, Any]:
@@ -19,9 +20,10 @@ def measure_engines(name: str) -> dict[str, Any]:
     source = random_fp32(name, "factorized")
     found: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
-        float8 = Path(scratch) / "fp8.onnx"
+        float8 = Path(scratch) / "fp8-full.onnx"
         quantize_onnx_to_float8(source, float8, noise_ranges(source))
-        for precision, path in zip(PRECISIONS, (random_int8(name, "factorized"), float8), strict=True):
+        for precision, quantized in zip(PRECISIONS, (random_int8(name, "factorized"), float8), strict=True):
+            half_onnx(quantized, path := Path(scratch) / f"{precision}.onnx", "fp16")  # as flora export builds them
             spec = EngineSpec(backend="tensorrt-rtx").fit_for(precision)
             engine = Path(scratch) / f"{precision}.engine"
             started = time.monotonic()

@@ -39,7 +39,7 @@ def child(model: Path, images: Path, method: str) -> None:
     settings = Preprocessing(input_size=(3, 224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
     started = time.monotonic()
     batches = (batch for batch, _ in LabelledImages(str(images), settings).batches(BATCH))
-    ranges = measure_ranges(model, batches, method)
+    ranges = measure_ranges(model, batches, method, threads=1)
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     print(json.dumps({"images": ranges.images, "seconds": time.monotonic() - started, "peak_bytes": peak}))

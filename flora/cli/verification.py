@@ -162,7 +162,7 @@ def print_precisions(manifest: Manifest) -> None:
             )
     if rows:
         print_table(
-            ["", "calibrated by", "images", "signal to noise", "layers in FP32", "products by time", "conversions"],
+            ["", "calibrated by", "images", "signal to noise", "layers kept high", "products by time", "conversions"],
             rows,
             title="Lower precisions: how they were made, and what really computes",
         )

@@ -1,20 +1,29 @@
 """`flora verify` passes a bundle as it was exported, anywhere, and nothing else."""
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from export.runners import OnnxRunner
+from flora.lowrank.checkpoint import ModelConfig, save_model
+from flora.preprocessing import Preprocessing
 from tests.flora_command import assert_refused, flora
+from tests.samples import tiny_args, tiny_model
+from tests.worked_example import MODEL, QUICK, label_by
 
 COMPACT = "onnx/model-fp32.onnx"
+COLOUR = Preprocessing(input_size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
 
 @pytest.fixture
@@ -164,6 +173,37 @@ def test_a_data_set_of_more_classes_is_refused(worked, tmp_path):
         (tmp_path / f"{label}").mkdir()
         Image.new("L", (28, 28), label).save(tmp_path / f"{label}" / "0.png")
     assert_refused(flora("verify", worked.bundle, "--data", tmp_path, "--threads", 1), "label 10", "10 classes")
+
+
+def write_images(path: Path, pixels: np.ndarray, classes: list[int]) -> Path:
+    """A tar of the images [B, H, W, 3], each under its class."""
+    with tarfile.open(path, "w") as archive:
+        for number, (image, label) in enumerate(zip(pixels, classes, strict=True)):
+            content = io.BytesIO()
+            Image.fromarray(image).save(content, "png")
+            member = tarfile.TarInfo(f"{label}/{number}.png")
+            member.size = len(content.getvalue())
+            archive.addfile(member, io.BytesIO(content.getvalue()))
+    return path
+
+
+def test_images_whose_channels_are_swapped_are_told_from_a_model_that_is_wrong(tmp_path):
+    random = np.random.default_rng(0)
+    hues = random.integers(0, 256, (10, 1, 1, 3))
+    noise = random.integers(-30, 31, (100, 28, 28, 3))
+    pixels = np.clip(np.tile(hues, (10, 1, 1, 1)) + noise, 0, 255).astype(np.uint8)
+    model = tiny_model("vit", in_chans=3)
+    classes = label_by(model, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
+    save_model(tmp_path / "dense", model, ModelConfig(model=MODEL, args=tiny_args(in_chans=3), preprocessing=COLOUR))
+    right = write_images(tmp_path / "right.tar", pixels, classes)
+    swapped = write_images(tmp_path / "swapped.tar", pixels[..., ::-1].copy(), classes)
+    done = flora("export", tmp_path / "dense", "--eval-data", right, "-o", tmp_path / "bundle", *QUICK)
+    assert done.code == 0, done.message
+    assert flora("verify", tmp_path / "bundle", "--data", right, "--threads", 1).code == 0
+    outcome = flora("verify", tmp_path / "bundle", "--data", swapped, "--threads", 1)
+    assert outcome.code == 3
+    assert "images: dense, ONNX Runtime is right on" in outcome.out
+    assert "order of channels" in outcome.out
 
 
 def test_a_bundle_is_verified_where_torch_and_timm_cannot_be_imported(worked):
