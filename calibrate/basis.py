@@ -17,8 +17,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from calibrate.files import check_not_quantized, open_session, save_onnx
+from calibrate.files import check_not_quantized, open_session
 from flora.errors import InputError, few, near_matches
+from flora.onnxfiles import save_onnx
 
 
 @dataclass(frozen=True, kw_only=True)

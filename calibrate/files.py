@@ -1,4 +1,4 @@
-"""How ONNX files are read and written here: what may be made smaller, and weights too large for one file beside it."""
+"""How ONNX files are looked at and run here."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,8 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from flora.artifact import new_file
 from flora.errors import InputError
 
-# A protobuf file ends at 2 GiB; the graph itself takes some of it.
-LARGEST_INLINE_BYTES = int(1.9e9)
 FATAL_ONLY = 4
 
 
@@ -36,23 +33,3 @@ def open_session(
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Check `model` and write it; weights too large for one file go to PATH.data beside it, out of `model` as well."""
-    path = Path(path)
-    with new_file(path) as partial:
-        if sum(tensor.ByteSize() for tensor in model.graph.initializer) > LARGEST_INLINE_BYTES:
-            _save_weights(model, path.with_name(f"{path.name}.data"), partial)
-        onnx.save(model, partial)
-        onnx.checker.check_model(str(partial), full_check=True)
-
-
-def _save_weights(model: onnx.ModelProto, weights: Path, graph: Path) -> None:
-    """Write the weights, complete before they get their name, and leave the places of them in `model`."""
-    with new_file(weights) as partial:
-        onnx.save(model, graph, save_as_external_data=True, location=partial.name)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = weights.name

@@ -12,10 +12,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
-from calibrate.files import save_onnx
 from calibrate.ranges import Ranges
 from calibrate.static import quantize_onnx
 from flora.errors import InputError
+from flora.onnxfiles import save_onnx
 
 FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 LARGEST, LARGEST_INT8 = 448, 127

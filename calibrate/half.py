@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from calibrate.files import open_session, save_onnx
+from calibrate.files import open_session
 from flora.errors import InputError, near_matches
+from flora.onnxfiles import save_onnx
 
 PRECISIONS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # What ONNX's own tables of operators call them.

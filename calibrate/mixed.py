@@ -11,11 +11,9 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto
 
-from calibrate.files import save_onnx
 from calibrate.ranges import OPERATORS
+from flora.onnxfiles import SCOPES, save_onnx
 
-# Where torch's exporter notes which modules a node is of.
-SCOPES = "pkg.torch.onnx.name_scopes"
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 FACTORS = (".down", ".up")
 

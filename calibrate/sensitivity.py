@@ -11,9 +11,10 @@ import onnx
 from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict
 
-from calibrate.files import LARGEST_INLINE_BYTES, open_session
+from calibrate.files import open_session
 from calibrate.mixed import mixed_model, products_by_layer
 from flora.errors import InputError
+from flora.onnxfiles import fits_in_one_file
 
 # Said where there is no error at all.
 EXACT_DB = 200.0
@@ -86,7 +87,7 @@ def fewest(layers: int, holds: Callable[[int], bool]) -> int:
 
 def _logits(model: ModelProto, images: np.ndarray, threads: int | None, as_written: bool) -> np.ndarray:
     """Its logits; of a large `model` the weights are taken out."""
-    if model.ByteSize() <= LARGEST_INLINE_BYTES:
+    if fits_in_one_file(model.ByteSize()):
         session = open_session(model.SerializeToString(), threads, as_written=as_written)
         return session.run(None, {session.get_inputs()[0].name: images})[0]
     with tempfile.TemporaryDirectory() as scratch:

@@ -15,8 +15,9 @@ from pathlib import Path
 import onnx
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static, save_tensors_data
 
-from calibrate.files import check_not_quantized, save_onnx
+from calibrate.files import check_not_quantized
 from calibrate.ranges import METHODS, OPERATORS, Ranges
+from flora.onnxfiles import save_onnx
 
 
 def quantize_onnx(source: Path, out: Path, ranges: Ranges, *, weight_bits: int = 8) -> None:

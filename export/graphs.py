@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.onnx import SCOPES
 from flora.errors import InputError, few
+from flora.onnxfiles import SCOPES
 from flora.ranks.cost import LayerShape, Rank
 from flora.ranks.latency import Site
 

@@ -17,18 +17,15 @@ from pathlib import Path
 import onnx
 import onnx_ir
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from flora.artifact import new_file
 from flora.errors import FloraError, InputError
+from flora.onnxfiles import SCOPES, fits_in_one_file, save_in_two
 from flora.preprocessing import Preprocessing
 
 OPSETS = range(17, 26)
 INPUT = "images"
-SCOPES = "pkg.torch.onnx.name_scopes"
-# A protobuf file ends at 2 GiB; the graph itself takes some of it.
-LARGEST_INLINE_BYTES = int(1.9e9)
 
 
 def onnx_from_module(
@@ -62,25 +59,12 @@ def onnx_from_module(
         kept = {key: value for key, value in node.metadata_props.items() if key == SCOPES}
         node.metadata_props.clear()
         node.metadata_props.update(kept)
-    external = sum(t.nbytes for t in (*module.parameters(), *module.buffers())) > LARGEST_INLINE_BYTES
     with new_file(path) as partial:
-        if external:
-            _save_in_two(program.model, partial, Path(path).with_name(f"{Path(path).name}.data"))
-        else:
+        if fits_in_one_file(sum(t.nbytes for t in (*module.parameters(), *module.buffers()))):
             onnx_ir.save(program.model, partial)
+        else:
+            save_in_two(lambda weights: onnx_ir.save(program.model, partial, external_data=weights), partial, path)
         onnx.checker.check_model(str(partial))
-
-
-def load_onnx(path: Path) -> onnx.ModelProto:
-    """Read and check an ONNX file; `InputError` when it is missing, truncated or not ONNX."""
-    try:
-        model = onnx.load(path)
-        onnx.checker.check_model(str(path))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} or the file of its weights does not exist; give a complete ONNX file.") from error
-    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
-        raise InputError(f"{path} is no complete ONNX file ({_first_line(error)}); export or copy it again.") from error
-    return model
 
 
 @contextlib.contextmanager
@@ -169,18 +153,6 @@ def _export(
     if any(value.shape is None or isinstance(value.shape[0], int) for value in (graph.inputs[0], graph.outputs[0])):
         raise FloraError(f"{failed}the batch came out fixed. Remove from the model what depends on its size.")
     return program
-
-
-def _save_in_two(model: onnx_ir.Model, graph: Path, weights: Path) -> None:
-    """Write the graph to `graph` and the weights, complete before they get their name, to `weights`."""
-    with new_file(weights) as partial:
-        onnx_ir.save(model, graph, external_data=partial.name)
-    proto = onnx.load(graph, load_external_data=False)
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = weights.name
-    onnx.save(proto, graph)
 
 
 def _metadata(

@@ -15,11 +15,11 @@ from calibrate.mixed import products_but, products_by_layer, write_mixed
 from calibrate.sensitivity import LayerError, layer_errors, sqnr_db
 from export.bundle import QuantizationRecord, load_bundle, size_of
 from export.comparison import compare
-from export.onnx import load_onnx
 from export.runtimes import ORT_CPU, runtime_called
 from flora.artifact import Document, check_replaceable, new_folder
 from flora.errors import InputError, few, near_matches
 from flora.imagesets import ImageSetRecord
+from flora.onnxfiles import load_onnx
 from flora.pipeline.figures import write_sensitivity
 from flora.pipeline.precision import (
     ERROR_IMAGES,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from calibrate import files
 from calibrate.basis import METHODS, rewrite_basis
 from calibrate.ranges import measure_ranges
 from calibrate.static import quantize_onnx
 from export.onnx import onnx_from_module
+from flora import onnxfiles
 from flora.errors import InputError
 from flora.lowrank.checkpoint import load_model
 from flora.lowrank.materialize import materialize
@@ -130,7 +130,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(factorized, calibration, t
     source = tmp_path / "source" / "model.onnx"
     source.parent.mkdir()
     onnx.save(onnx.load(factorized), source, save_as_external_data=True, location="model.onnx.data")
-    monkeypatch.setattr(files, "LARGEST_INLINE_BYTES", 0)
+    monkeypatch.setattr(onnxfiles, "LARGEST_INLINE_BYTES", 0)
     for _ in range(2):  # over what is there, too
         rewrite_basis(source, tmp_path / "basis.onnx", calibration, method)
     assert {path.name for path in tmp_path.iterdir()} == {"whole.onnx", "source", "basis.onnx", "basis.onnx.data"}

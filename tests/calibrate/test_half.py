@@ -5,13 +5,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibrate import files
 from calibrate.files import open_session
 from calibrate.half import PRECISIONS, check_fits_fp16, half_onnx
 from calibrate.ranges import measure_ranges
 from calibrate.static import quantize_onnx
 from export.comparison import compare
 from export.runners import OnnxRunner, OpenVinoRunner
+from flora import onnxfiles
 from flora.errors import InputError
 from tests.calibrate.conftest import logits
 
@@ -167,7 +167,7 @@ def test_an_unknown_precision_is_refused(fashion_onnx, tmp_path):
 
 
 def test_weights_too_large_for_one_file_go_beside_it(halves, fashion_onnx, test_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST_INLINE_BYTES", 0)
+    monkeypatch.setattr(onnxfiles, "LARGEST_INLINE_BYTES", 0)
     half_onnx(fashion_onnx, tmp_path / "half.onnx", "fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.onnx", "half.onnx.data"]
     assert np.array_equal(logits(tmp_path / "half.onnx", test_images), logits(halves["fp16"], test_images))

@@ -5,11 +5,11 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from calibrate import files
 from calibrate.ranges import METHODS, measure_ranges
 from calibrate.static import quantize_onnx
 from export.comparison import compare
 from export.runners import OpenVinoRunner
+from flora import onnxfiles
 from flora.errors import InputError
 from tests.calibrate.conftest import logits
 
@@ -79,8 +79,8 @@ def test_weights_that_lie_beside_the_file_are_found_and_put_beside_it(
     onnx.save(onnx.load(fashion_onnx), source, save_as_external_data=True, location="large.onnx.data")
     ranges = measure_ranges(source, calibration, "min-max")
     expected = logits(quantized, test_images)
-    for limit, written in ((files.LARGEST_INLINE_BYTES, ["int8.onnx"]), (0, ["int8.onnx", "int8.onnx.data"])):
-        monkeypatch.setattr(files, "LARGEST_INLINE_BYTES", limit)
+    for limit, written in ((onnxfiles.LARGEST_INLINE_BYTES, ["int8.onnx"]), (0, ["int8.onnx", "int8.onnx.data"])):
+        monkeypatch.setattr(onnxfiles, "LARGEST_INLINE_BYTES", limit)
         quantize_onnx(source, out, ranges)
         assert sorted(path.name for path in out.parent.iterdir()) == written
         np.testing.assert_array_equal(logits(out, test_images), expected)

@@ -11,8 +11,10 @@ from export_samples import FAMILIES, GREY, random_images, tiny_model
 from torch import nn
 
 from export import onnx as onnx_export
-from export.onnx import load_onnx, onnx_from_module
+from export.onnx import onnx_from_module
+from flora import onnxfiles
 from flora.errors import FloraError, InputError
+from flora.onnxfiles import load_onnx
 
 
 def _run(path, images: np.ndarray) -> np.ndarray:
@@ -74,7 +76,7 @@ def test_normalization_and_softmax_in_the_graph_change_nothing(tmp_path, model, 
 
 
 def test_weights_that_are_too_large_for_one_file_go_beside_it(tmp_path, model, onnx_file, monkeypatch):
-    monkeypatch.setattr(onnx_export, "LARGEST_INLINE_BYTES", 0)
+    monkeypatch.setattr(onnxfiles, "LARGEST_INLINE_BYTES", 0)
     onnx_from_module(model, tmp_path / "m.onnx", preprocessing=GREY)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert (tmp_path / "m.onnx").stat().st_size < 500_000
