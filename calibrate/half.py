@@ -1,9 +1,9 @@
 """FP16 and BF16: an ONNX file whose weights and products are in half precision, by casts in the graph.
 
 Of a quantized file it is what lies around the quantized products, scales included. Networks of TensorRT are strongly
-typed, so precision is what the file says. What goes in and out stays in FP32, and so
-do LayerNormalization and Softmax, whose sums need it, and operators that ONNX does not define for the type (Conv in
-BF16 below opset 22). ONNX Runtime's CPU provider has no BF16 kernels (Add, MatMul, Expand); OpenVINO reads both.
+typed, so precision is what the file says. What goes in and out stays in FP32, and so do LayerNormalization and Softmax,
+whose sums need it, and operators that ONNX does not define for the type (Conv in BF16 below opset 22). ONNX Runtime's
+CPU provider computes FP16 in FP32 and has no BF16 kernels (Add, MatMul, Expand); OpenVINO reads both.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,7 +21,6 @@ from flora.onnxfiles import save_onnx
 PRECISIONS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # What ONNX's own tables of operators call them.
 TYPE_NAMES = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
-FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 SINGLE = ("LayerNormalization", "Softmax", "Cast")
 SCALED = ("QuantizeLinear", "DequantizeLinear")
 

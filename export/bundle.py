@@ -56,7 +56,8 @@ class QuantizationRecord(BaseModel):
     """How a file of lower precision came to be, from so many calibration images with this digest.
 
     `trials` has the ratio of signal to quantization noise of the logits, in decibels, of each way to calibrate that was
-    tried; `sensitivity` that of each layer alone, where it was measured. `high` are layers that stay in FP32, and why.
+    tried; `sensitivity` that of each layer alone, where it was measured. `high` are layers that are not quantized, and
+    why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

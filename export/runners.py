@@ -44,7 +44,8 @@ class Runner(Protocol):
 class OnnxRunner:
     """Runs an ONNX file on ONNX Runtime; the first of `providers` must really load.
 
-    `as_written`, each node is run by itself, in the types of the file: what another device computes, not how fast.
+    `as_written`, each node is run by itself, so that quantized products are those of the file and not of a kernel here:
+    what another device computes, not how fast. FP16 is computed in FP32 all the same.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ class Runtime:
     """`label` is for tables; `precisions` are those that a model's layers can be timed in.
 
     What `loads_onnx` can verify and measure the ONNX files of a bundle; `files` are the precisions of those that it
-    runs, `worthwhile` those that can be faster than FP32 there, `only_shown` those that it computes as they are
-    written, without kernels for them: to see what an engine will compute.
+    runs, `worthwhile` those that can be faster than FP32 there, `only_shown` those that it has no kernels for and
+    rounds as they say, to see what an engine will compute.
     """
 
     label: str
@@ -51,9 +51,8 @@ RUNTIMES = {
         label="ONNX Runtime on CUDA",
         packages=("onnxruntime-gpu",),
         precisions=("fp32", "int8"),
-        files=("fp32", "fp16", "bf16", "int8", "fp8"),
+        files=("fp32", "fp16", "bf16", "int8"),
         worthwhile=("fp16", "int8"),
-        only_shown=("fp8",),
         on_gpu=True,
     ),
     TENSORRT: Runtime(label="TensorRT", packages=("tensorrt",), precisions=("fp32", "int8"), on_gpu=True),

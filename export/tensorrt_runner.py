@@ -23,7 +23,7 @@ class TensorRtRunner:
     def __init__(self, path: Path, *, name: str | None = None) -> None:
         self.path = Path(path)
         self.name = name or self.path.name
-        trt, self._cuda = backend_module("tensorrt"), _cuda_runtime()
+        trt, self._cuda = backend_module("tensorrt"), cuda_runtime()
         if not self.path.is_file():
             raise InputError(f"{path} does not exist; give an engine file.")
         self._logger = collecting_logger(trt)
@@ -150,7 +150,8 @@ class TensorRtRunner:
         return values[0] if values else None
 
 
-def _cuda_runtime() -> ModuleType:
+def cuda_runtime() -> ModuleType:
+    """CUDA's own bindings; `BackendMissingError` where there are none."""
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:

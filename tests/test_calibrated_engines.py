@@ -25,7 +25,7 @@ FAMILIES = {
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 112, "depths": (1, 1), "num_heads": (3, 6)}),
 }
 EVERY_GPU = ("sm80", "sm86", "sm89", "sm120")
-GPUS = {"int8": EVERY_GPU, "fp16": EVERY_GPU, "bf16": EVERY_GPU, "fp8": ("sm89", "sm120")}
+GPUS = {"int8-fp16": EVERY_GPU, "fp16": EVERY_GPU, "bf16": EVERY_GPU, "fp8": ("sm89", "sm120")}
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="no tensorrt-rtx here")
 
 
@@ -48,10 +48,10 @@ def factorized(request, tmp_path_factory):
 def test_it_is_built(factorized, tmp_path, precision):
     source, ranges = factorized
     low = tmp_path / f"{precision}.onnx"
-    if precision == "int8":
-        quantize_onnx(source, low, ranges)
-    elif precision == "fp8":
-        quantize_onnx_to_float8(source, low, ranges)
+    if precision in ("int8-fp16", "fp8"):
+        quantize = quantize_onnx if precision == "int8-fp16" else quantize_onnx_to_float8
+        quantize(source, tmp_path / "quantized.onnx", ranges)
+        half_onnx(tmp_path / "quantized.onnx", low, "fp16")
     else:
         half_onnx(source, low, precision)
     spec = EngineSpec(backend="tensorrt-rtx", opt_batch=4, max_batch=8, compute_capabilities=GPUS[precision])

@@ -17,7 +17,7 @@ from flora.cli.options import calibration_options, json_option, runtime_option, 
     "--keep",
     callback=split_names,
     metavar="LAYERS",
-    help="Layers that stay in FP32, e.g. head,blocks.0.mlp.fc1 (flora sensitivity lists them).",
+    help="Layers that stay in FP32 (FP16 in an FP8 file), e.g. head,blocks.0.mlp.fc1; flora sensitivity lists them.",
 )
 @runtime_option("What the error is measured on: ort-cpu, openvino or ort-cuda.")
 @threads_option

@@ -322,8 +322,8 @@ def precision_options(flag: str) -> Callable:
             "precisions",
             callback=split_names,
             metavar="LIST",
-            help="Precisions besides FP32 to try: fp16, bf16, int8, fp8, or auto for those that can pay on the "
-            "runtime. The fastest file that passes the gate is recommended.",
+            help="Precisions besides FP32 to try: fp16, bf16, int8, int8-fp16 and fp8 (for engines), or auto for those "
+            "that can pay on the runtime. The fastest file that passes the gate is recommended.",
         ),
     )
 

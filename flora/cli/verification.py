@@ -146,7 +146,7 @@ def print_precisions(manifest: Manifest) -> None:
     rows = []
     for entry in manifest.artifacts:
         made, seen = entry.quantization, entry.attestation
-        if entry.kind == "onnx" and entry.precision != "fp32":
+        if (entry.kind == "onnx" and entry.precision != "fp32") or (entry.kind == "engine" and seen):
             best = made.name if made else "casts"
             trial = made.trials.get(best) if made else None
             rows.append(
@@ -162,7 +162,15 @@ def print_precisions(manifest: Manifest) -> None:
             )
     if rows:
         print_table(
-            ["", "calibrated by", "images", "signal to noise", "layers kept high", "products by time", "conversions"],
+            [
+                "",
+                "calibrated by",
+                "images",
+                "signal to noise",
+                "layers kept high",
+                "products computed in",
+                "conversions",
+            ],
             rows,
             title="Lower precisions: how they were made, and what really computes",
         )

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from calibrate.choose import Trial
 from calibrate.files import check_not_quantized
-from calibrate.half import half_onnx
+from calibrate.half import check_fits_fp16, half_onnx
 from calibrate.mixed import products_but, products_by_layer, write_mixed
 from calibrate.sensitivity import LayerError, layer_errors, sqnr_db
 from export.bundle import QuantizationRecord, load_bundle, size_of
@@ -40,7 +40,7 @@ SENSITIVITY = "int8-sensitivity.json"
 class CalibrationRequest:
     """`data` needs no labels; without `select_data` every fourth image of it is held out to measure errors on.
 
-    Layers of `keep` stay in FP32.
+    Layers of `keep` stay in FP32, or in what is around the products of an FP8 file, FP16.
     """
 
     data: str
@@ -144,6 +144,7 @@ def calibrate(
         mixed = Path(scratch) / "mixed.onnx" if precision == "fp8" else out
         write_mixed(high, low, mixed, products_but(layers, request.keep))
         if precision == "fp8":  # which is for engines
+            check_fits_fp16(source.path, judges.batches(), threads=request.threads)
             half_onnx(mixed, out, "fp16")
     as_written = precision in runtime_called(request.runtime).only_shown
     expected = logits_of_file(source.path, images, request.runtime, request.threads)

@@ -8,16 +8,18 @@ from export.attestation import Attestation, attest_engine
 from export.bundle import ArtifactEntry, EngineRecord
 from export.engines import EngineSpec, engine_from_onnx
 from export.runtimes import ORT_CPU, TENSORRT
+from flora.errors import FloraError
 from flora.pipeline.proof import Exported
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
-    """An engine, the ONNX file that it was built from, and what its products are computed in if that could be seen."""
+    """An engine, the ONNX file that it was built from, and what its products are computed in, or why nobody saw it."""
 
     spec: EngineSpec
     source: Exported
-    attestation: Attestation | None
+    attestation: Attestation | None = None
+    unseen: str = "it was built for a device that is not here"
 
     @property
     def path(self) -> str:
@@ -26,15 +28,15 @@ class BuiltEngine:
     @property
     def of_products(self) -> str:
         """The precision that its products should be computed in."""
-        return self.source.precision.split("-")[0]
+        return self.source.of_products
 
     def entry(
         self, source: ArtifactEntry, folder: Path, files: Mapping[str, str], unmet: Sequence[str]
     ) -> ArtifactEntry:
         """What the manifest keeps of it; `source` is what it keeps of the ONNX file, `unmet` what it fell short of."""
-        reason = "it was built for a device that is not here" if self.attestation is None else "it was not run"
+        reason = self.unseen if self.attestation is None else "it was not run"
         if source.status == "failed":
-            reason += f"; its ONNX file, computed as written, failed: {source.reason}"
+            reason += f"; its ONNX file failed: {source.reason}"
         return source.model_copy(
             update={
                 "name": f"{self.source.called}, {self.spec.backend}",
@@ -57,9 +59,12 @@ def build_engine(spec: EngineSpec, source: Exported, folder: Path) -> BuiltEngin
     """Build the engine of the bundle `folder` from one of its files."""
     path = folder / _path(spec, source)
     engine_from_onnx(folder / source.path, path, spec)
-    # TensorRT builds for the GPU that is present.
-    attestation = attest_engine(path) if spec.backend == TENSORRT else None
-    return BuiltEngine(spec=spec, source=source, attestation=attestation)
+    if spec.backend != TENSORRT:
+        return BuiltEngine(spec=spec, source=source)
+    try:  # on the GPU that it was built for, which is present
+        return BuiltEngine(spec=spec, source=source, attestation=attest_engine(path))
+    except FloraError as error:
+        return BuiltEngine(spec=spec, source=source, unseen=f"what it computes in could not be seen: {error}")
 
 
 def _path(spec: EngineSpec, source: Exported) -> str:

@@ -15,7 +15,7 @@ from export.attestation import attest
 from export.bundle import GOLDEN, MANIFEST, ArtifactEntry, Bundle, Manifest, Status, hash_files, load_bundle
 from export.images import ImageSet
 from export.onnx import onnx_from_module
-from export.runtimes import runtime_called
+from export.runtimes import ORT_CPU, runtime_called
 from flora.artifact import check_replaceable, new_folder
 from flora.errors import InputError
 from flora.imagesets import ImageSetRecord
@@ -43,7 +43,7 @@ from flora.pipeline.images import (
 )
 from flora.pipeline.job import OnStart
 from flora.pipeline.notes import note_on_pivots, notes_on
-from flora.pipeline.precision import OF_ENGINES, Judges, Workbench, write_precision
+from flora.pipeline.precision import CALIBRATED, OF_ENGINES, Judges, Workbench, write_precision
 from flora.pipeline.proof import Exported, Proof, onnx_entry, prove, recommend
 from flora.provenance import device_facts, gpu_facts, now, versions
 from flora.resume import SETTINGS, Job
@@ -139,7 +139,11 @@ def export_bundle(
             for one in _wanted(exported, request):
                 try:
                     low.append(_lower(one, folder, bench))
-                except BeyondRangeError as error:
+                except InputError as error:
+                    # What is calibrated fails on images that are no good, else on what it has no numbers for.
+                    if one.precision in CALIBRATED and not isinstance(error, BeyondRangeError):
+                        raise
+                    (folder / one.path).unlink(missing_ok=True)
                     lost.append(f"{one.called} was not made: {error}")
             runnable = [*exported, *(one for one in low if one.runs_here)]
             selected = prove(runnable, folder, judges.selection, request.protocol, in_torch=False, on_step=on_step)
@@ -154,7 +158,7 @@ def export_bundle(
             folder,
             images,
             request.protocol,
-            timed=[one for one in low if one.runs_here and one not in chosen],
+            timed=[one for one in low if one.runs_here and not one.is_for_engines and one not in chosen],
             golden=folder / GOLDEN,
             on_step=on_step,
         )
@@ -169,8 +173,7 @@ def export_bundle(
         ]
         by_path = {entry.path: entry for entry in (*certified, *others)}
         engine_entries = [
-            engine.entry(by_path[engine.source.path], folder, files, _unmet_by_engine(engine, request))
-            for engine in engines
+            engine.entry(by_path[engine.source.path], folder, files, _unmet(engine, request)) for engine in engines
         ]
         recommended, reason = recommend(
             _shippable(certified, exported, chosen, selected, request),
@@ -193,8 +196,11 @@ def export_bundle(
             recommended=recommended,
             recommendation_reason=reason,
             max_drop=request.max_drop,
-            unmet=[f"{one.onnx_name}: {line}" for one in low for line in _unmet(one, request)]
-            + [f"{entry.name}: {entry.reason}" for entry in engine_entries if entry.status == "failed"],
+            unmet=[
+                *(f"{one.onnx_name}: {line}" for one in low for line in _unmet(one, request)),
+                *(f"{entry.name}: {entry.reason}" for entry in engine_entries if entry.status == "failed"),
+                *request.unseen([*low, *engines]),
+            ],
             selection=selected.report if selected else None,
             verification=proof.report,
             latency=proof.latency,
@@ -254,9 +260,16 @@ def _wanted(exported: Sequence[Exported], request: ExportRequest) -> Iterator[Ex
     for one in exported:
         for precision in request.low_precisions:
             is_yardstick = one.role == "yardstick" and precision == "fp16" and on_gpu
-            if one is exported[-1] or request.compare or is_yardstick:
-                path = one.fp32_path.replace("fp32", precision)
-                yield replace(one, precision=precision, role="yardstick" if is_yardstick else "candidate", path=path)
+            is_for_engines = precision in runtime_called(ORT_CPU).only_shown
+            if one is exported[-1] or is_yardstick or (request.compare and not is_for_engines):
+                yield replace(
+                    one,
+                    precision=precision,
+                    runtime=ORT_CPU if is_for_engines else one.runtime,
+                    role="yardstick" if is_yardstick else "candidate",
+                    path=one.fp32_path.replace("fp32", precision),
+                    fp32_name=one.onnx_name,
+                )
 
 
 def _lower(one: Exported, folder: Path, bench: Workbench) -> Exported:
@@ -296,16 +309,9 @@ def _shippable(
     return [entry for entry in certified if entry.name in passed or entry.role == "yardstick"]
 
 
-def _unmet(one: Exported, request: ExportRequest) -> list[str]:
-    """What is required of the file's precision and not so."""
-    return request.unmet(one.precision, one.attestation, one.runtime)
-
-
-def _unmet_by_engine(engine: BuiltEngine, request: ExportRequest) -> list[str]:
-    """The same of an engine, where the GPU that it is for is here."""
-    if engine.attestation is None:
-        return []
-    return request.unmet(engine.of_products, engine.attestation, engine.spec.backend)
+def _unmet(one: Exported | BuiltEngine, request: ExportRequest) -> list[str]:
+    """What is required of the precision of a file or engine and was seen not to be so."""
+    return request.unmet(one.of_products, one.attestation)
 
 
 def _outcome(one: Exported, proof: Proof | None, request: ExportRequest) -> tuple[Status, str | None]:
@@ -321,10 +327,7 @@ def _outcome_of_loser(one: Exported, selected: Proof | None, request: ExportRequ
     """The same of a file that was not chosen: it was run on the selection images alone."""
     status, reason = _outcome(one, selected, request)
     if one.is_for_engines:
-        return (
-            status,
-            reason or "it passed on the selection images, computed as written: it is what engines are made of",
-        )
+        return status, reason or "it is for engines; it passed on the selection images, as it is written"
     return status, reason or "it passed on the selection images and is slower here than what was chosen"
 
 

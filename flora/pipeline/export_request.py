@@ -1,18 +1,20 @@
 """What an export is asked for: targets, precisions, images to prove it with, and what is required of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.attestation import Attestation, Requirement
 from export.engines import EngineSpec, backend_version
-from export.runtimes import ORT_CPU, check_loads_onnx, runtime_version
+from export.runtimes import ORT_CPU, TENSORRT, check_loads_onnx, runtime_version
+from export.tensorrt_runner import cuda_runtime
 from export.verify import thresholds_with_drop
 from flora.errors import InputError, few
 from flora.lowrank.checkpoint import LoadedModel
+from flora.pipeline.engines import BuiltEngine
 from flora.pipeline.notes import AskedLatency
 from flora.pipeline.precision import Judges, Workbench, open_judges, precisions_asked
-from flora.pipeline.proof import Protocol
+from flora.pipeline.proof import Exported, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,15 @@ class ExportRequest:
         ]
         for spec in specs:
             backend_version(spec.backend)
+            if spec.backend == TENSORRT:  # whose engines are looked into on the GPU that they are built for
+                cuda_runtime()
         check_loads_onnx(self.runtime)
         runtime_version(self.runtime)
         for precision in self.low_precisions:
             for spec in specs:
                 spec.fit_for(precision)
-        if lacking := [precision for precision in self.required if precision not in self.low_precisions]:
+        named = {precision.split("-")[0] for precision in self.low_precisions}
+        if lacking := [precision for precision in self.required if precision not in named]:
             raise InputError(f"{self.require} is required, and the precisions do not name {few(lacking)}.")
         return specs
 
@@ -134,11 +139,18 @@ class ExportRequest:
             on_step=on_step,
         )
 
-    def unmet(self, precision: str, attestation: Attestation | None, where: str) -> list[str]:
-        """What is required of what computes in `precision` on the device called `where`, and not so."""
-        if precision not in self.required:
+    def unmet(self, precision: str, attestation: Attestation | None) -> list[str]:
+        """What is required of what computes in `precision` and was seen not to be so."""
+        if precision not in self.required or attestation is None:
             return []
-        if attestation is None:
-            return [f"{self.require} is required, and {where} computes nothing in {precision} here to see it"]
         sentence = Requirement(least={precision: self.required[precision]}).unmet(attestation)
         return [sentence] if sentence else []
+
+    def unseen(self, made: Sequence[Exported | BuiltEngine]) -> list[str]:
+        """A line for each precision that something is required of, and that nothing here computed in."""
+        seen = {one.of_products for one in made if one.attestation is not None}
+        return [
+            f"{self.require} is required, and nothing computed in {precision} here to see it"
+            for precision in self.required
+            if precision not in seen
+        ]

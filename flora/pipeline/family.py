@@ -119,7 +119,7 @@ def _member(budget: str, bundle: Bundle) -> FamilyMember:
         top1=stage.top1,
         agreement=None if lowrank.agreement is None else 100 * lowrank.agreement,
         latency_ratio=manifest.latency[entry.name].ratio,
-        passed=manifest.verification.passed,
+        passed=manifest.verification.passed and not manifest.unmet,
     )
 
 

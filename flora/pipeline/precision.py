@@ -1,7 +1,7 @@
 """Lower precisions of an exported model: calibrated by measurement, mixed until the gate holds.
 
-Everything is chosen on the selection images and on the runtime that the files are for. A layer goes to INT8 only where
-that saves time; where the gate fails, layers go back, those first that lose most for the time they save.
+Everything is chosen on the selection images and on the runtime that the files are for. A layer that takes longer in
+INT8 stays in FP32; where the gate fails, layers go back, those first that lose most for the time they save.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +33,7 @@ from flora.preprocessing import Preprocessing
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-fp16", "fp8")
 # What engines are built from in the place of INT8 files, which suit the processor that they are run on.
 OF_ENGINES = {"int8": "int8-fp16"}
+CALIBRATED = ("int8", "int8-fp16", "fp8")
 CALIBRATION_BATCH = 4
 SELECTION_IMAGES = 2000
 # Images that the error of each trial, and of each layer, is measured on: logits are many numbers an image.
@@ -197,12 +198,12 @@ def write_precision(precision: str, source: Path, out: Path, bench: Workbench, n
     """
     if precision == "int8":
         return _int8(source, out, bench, name, precision)
+    if precision in OF_ENGINES.values():
+        known = bench.known if bench.runtime == ORT_CPU else {}
+        return _int8(source, out, replace(bench, for_engines=True, runtime=ORT_CPU, known=known), name, precision)
     if precision != "bf16":
         bench.on_step(f"looking whether fp16 holds what {name} gives")
         check_fits_fp16(source, bench.judges.batches(), threads=bench.threads)
-    if precision in OF_ENGINES.values():
-        # As it is written: kernels of this processor are not those of the engine.
-        return _int8(source, out, replace(bench, for_engines=True, runtime=ORT_CPU, known={}), name, precision)
     bench.on_step(f"writing {name} in {precision}")
     if precision == "fp8":
         full = bench.scratch / "fp8.onnx"
@@ -234,6 +235,8 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str, precision: str) 
         for_engines=bench.for_engines,
     )
     best = trials[0]
+    if bench.for_engines:  # in the basis that was chosen
+        check_fits_fp16(best.source, bench.judges.batches(), threads=bench.threads)
     layers = products_by_layer(onnx.load(best.source), onnx.load(best.quantized))
 
     def write(high: Sequence[str]) -> None:
@@ -242,8 +245,7 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str, precision: str) 
         if bench.for_engines:
             half_onnx(mixed, out, "fp16")
 
-    bench.on_step(f"timing kinds of layers of {name} in {precision}")
-    saved = dict.fromkeys(layers, 1.0) if bench.for_engines else _saved(layers, best, bench)
+    saved = dict.fromkeys(layers, 1.0) if bench.for_engines else _saved(layers, best, bench, name)
     slower = [layer for layer in layers if saved[layer] < 0]
     if len(slower) == len(layers):
         slower = []  # INT8 pays nowhere here: the file shows what it costs
@@ -267,14 +269,15 @@ def _int8(source: Path, out: Path, bench: Workbench, name: str, precision: str) 
             return not bench.failures(out, precision, source)
 
         # A gate that no layer with much error holds may leave room for those with the least, whatever they save.
-        for order in (order_of_return(open_to, saved), [error.layer for error in open_to]):
+        by_error = [error.layer for error in open_to]
+        for order in (by_error,) if bench.for_engines else (order_of_return(open_to, saved), by_error):
             count = fewest(len(order), partial(holds, order))
             if count < len(order):
                 high = [*slower, *order[:count]]
                 break
         # With none left in INT8 there would be nothing to ship: all of it stays, labelled with what it misses.
         write(high)
-    reasons = {layer: "int8 saves no time" if layer in slower else "for the gate" for layer in layers if layer in high}
+    reasons = {layer: "int8 takes longer" if layer in slower else "for the gate" for layer in layers if layer in high}
     return record_of(trials, bench.judges, reasons, errors)
 
 
@@ -336,11 +339,12 @@ def int8_trials(
     )
 
 
-def _saved(layers: dict[str, list[str]], best: Trial, bench: Workbench) -> dict[str, float]:
+def _saved(layers: dict[str, list[str]], best: Trial, bench: Workbench, name: str) -> dict[str, float]:
     """What INT8 saves in each layer, as a share of the model's time: measured for each kind of layer at once.
 
     Nothing, where a kind of layer takes hardly longer: bytes are smaller all the same.
     """
+    bench.on_step(f"timing kinds of layers of {name} in int8")
     kinds: dict[str, list[str]] = {}
     for layer in layers:
         kinds.setdefault(kind_of(layer), []).append(layer)

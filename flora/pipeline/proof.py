@@ -25,7 +25,10 @@ TORCH_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """One ONNX file of the bundle, the model that it holds, and the names of its stages and rows."""
+    """One ONNX file of the bundle, the model that it holds, and the names of its stages and rows.
+
+    `fp32_name` is that of the same model's file in FP32, which one of lower precision is compared with.
+    """
 
     name: str
     runtime: str
@@ -34,6 +37,7 @@ class Exported:
     path: str
     module: nn.Module
     precision: str = "fp32"
+    fp32_name: str = ""
     quantization: QuantizationRecord | None = None
     attestation: Attestation | None = None
 
@@ -50,14 +54,14 @@ class Exported:
         return f"{self.called}, {runtime_called(self.runtime).label}"
 
     @property
-    def fp32_name(self) -> str:
-        """The name of the same model's file in FP32."""
-        return f"{self.name}, {runtime_called(self.runtime).label}"
-
-    @property
     def fp32_path(self) -> str:
         """Where the same model's file in FP32 lies."""
         return self.path.replace(f"-{self.precision}.", "-fp32.")
+
+    @property
+    def of_products(self) -> str:
+        """The precision that products should be computed in."""
+        return self.precision.split("-")[0]
 
     @property
     def is_for_engines(self) -> bool:
@@ -113,7 +117,8 @@ def prove(
 
     The chain: dense in torch, dense on the runtime; factorized in torch against dense, on the runtime at two batches; a
     lower precision against the same model in FP32, and against dense. Not `in_torch`, files alone are run. Files
-    that are only `timed` give golden logits. Latency is compared with the last yardstick's, else with the first file's.
+    that are only `timed` give golden logits. Latency is compared with the last yardstick's, else with the first file's;
+    of files for engines it says nothing, and is left out.
     """
     first_images = next(iter(images.batches(GOLDEN_IMAGES)))[0]
     stages: list[Stage] = []
@@ -150,7 +155,8 @@ def prove(
             write_golden(golden, first_images, golden_logits)
         # What is compared with: the yardstick, in the precision that it would be run in.
         yardsticks = [one.onnx_name for one in (*exported, *timed) if one.role == "yardstick"]
-        runners = {name: runners[name] for name in (*yardsticks[-1:], *runners)}
+        for_engines = {one.onnx_name for one in exported if one.is_for_engines}
+        runners = {name: runners[name] for name in (*yardsticks[-1:], *runners) if name not in for_engines}
         batch = np.resize(first_images, (protocol.usual, *first_images.shape[1:]))
         latency = paired_latency(runners, batch, repeats=protocol.repeats)
         return Proof(report=report, latency=latency, stages_of=stages_of)
