@@ -68,7 +68,7 @@ def main() -> None:
         rows=rows,
         figures={"missing": missing},
         bars=[*bars, exactly("arms without a result", len(missing), 0)],
-        settings={"calibration images": CALIBRATION_IMAGES, "threads": 1},
+        settings={"calibration images": CALIBRATION_IMAGES, "threads": 1, "processor": processor_kind()},
     )
 
 
