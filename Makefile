@@ -33,7 +33,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# All benchmarks but compress and paper_road, which train for hours, or one: make bench NAME=factorization
+# All benchmarks but compress, paper_road and quantization, which take hours, or one: make bench NAME=factorization
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py $(NAME)
 
