@@ -325,7 +325,14 @@ def _black(number: int):
 def test_on_a_gpu_the_dense_model_in_fp16_is_the_yardstick(worked):
     loaded = load_model(str(worked.dense))
     both = [
-        Exported(name=name, runtime="ort-cpu", role=role, model=loaded, path=f"onnx/{file}-fp32.onnx", module=loaded.module)
+        Exported(
+            name=name,
+            runtime="ort-cpu",
+            role=role,
+            model=loaded,
+            path=f"onnx/{file}-fp32.onnx",
+            module=loaded.module,
+        )
         for name, role, file in (("dense", "yardstick", "dense"), ("factorized", "candidate", "model"))
     ]
     found = {
