@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = {f"flora.{name}" for name in ("errors", "artifact", "preprocessing", "imagesets", "provenance", "resume")}
+BOTTOM = {
+    f"flora.{name}"
+    for name in ("errors", "artifact", "preprocessing", "imagesets", "onnxfiles", "provenance", "resume")
+}
 PACKAGES = ("flora.cli", "flora.pipeline", "flora.training", "flora.lowrank", "flora.ranks", "export", "calibrate")
 SIBLING = {"flora.training", "flora.lowrank", "flora.ranks", *BOTTOM}
 ALLOWED = {
