@@ -21,8 +21,9 @@ demo: $(VENV)/installed
 	$(BIN)/flora export $(DEMO)/compact --to onnx,tensorrt-rtx --eval-data $(FASHION)/test.tar -o $(DEMO)/bundle
 	@echo "flora lies in $(BIN): source $(BIN)/activate puts it on your path."
 
+# Files spread over two processes: tests have a thread each.
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)
