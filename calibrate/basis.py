@@ -45,8 +45,7 @@ def rewrite_basis(
     """Write the ONNX file `out`: `source` with the basis between all its factors changed by one of `METHODS`.
 
     Second moments of the inner activations are gathered over `batches` [B, C, H, W]; a file without factors stays as
-    it is. `InputError` without images, for activations that
-    are not finite, and where `source` is quantized already.
+    it is. `InputError` without images, for activations that are not finite, and where `source` is quantized already.
     """
     if method not in METHODS:
         raise InputError(f"{method!r} is no basis; give one of {', '.join(METHODS)}.{near_matches(method, METHODS)}")

@@ -6,7 +6,7 @@ may be recommended.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -21,7 +21,8 @@ from export.comparison import compare
 from export.engines import EngineSpec, backend_version
 from export.runners import Runner
 from export.runtimes import ORT_CPU
-from export.verify import THRESHOLDS, VerifyReport, exceeded
+from export.thresholds import THRESHOLDS, Thresholds
+from export.verify import VerifyReport
 from flora.artifact import Document, new_file, sha256_of_file
 from flora.errors import InputError, few, near_matches
 from flora.imagesets import ImageSetRecord
@@ -118,7 +119,7 @@ class ArtifactEntry(BaseModel):
 class Manifest(Document):
     """`manifest.json`. `files` has every file but itself; `image_sets` is by role, `latency` by artefact.
 
-    `max_drop` is what low rank and a lower precision may cost, in points of top-1, here and in later verifications.
+    `thresholds` are what each kind of stage had to hold, and has to in later verifications.
     `unmet` has a line for each file that does not compute in the precision that was required of it.
     `selection` is what was found on the images that precisions were chosen by, `verification` on the evaluation images.
     """
@@ -130,7 +131,7 @@ class Manifest(Document):
     artifacts: list[ArtifactEntry]
     recommended: str | None = None
     recommendation_reason: str = ""
-    max_drop: float = THRESHOLDS["lowrank"].max_drop or 0.0
+    thresholds: dict[str, Thresholds] = THRESHOLDS
     unmet: list[str] = []
     selection: VerifyReport | None = None
     verification: VerifyReport | None = None
@@ -255,5 +256,5 @@ def check_golden(bundle: Bundle, entry: ArtifactEntry, runner: Runner) -> list[s
         "max_relative": difference.max_relative,
         "kl": float(difference.kl.mean()),
     }
-    limits = replace(THRESHOLDS[entry.precision], min_agreement=None, max_drop=None)
-    return [f"{entry.name}: against golden logits {line}" for line in exceeded(figures, limits)]
+    limits = bundle.manifest.thresholds[entry.precision].model_copy(update={"min_agreement": None, "max_drop": None})
+    return [f"{entry.name}: against golden logits {line}" for line in limits.exceeded(figures)]

@@ -13,9 +13,13 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One value for each image: `agrees` is the same top class, `largest` the largest reference logit by size."""
+    """One value for each image: `expected` is the reference's class, `predicted` the other's.
 
-    agrees: np.ndarray
+    `largest` is the largest reference logit by size.
+    """
+
+    expected: np.ndarray
+    predicted: np.ndarray
     cosine: np.ndarray
     kl: np.ndarray
     max_abs: np.ndarray
@@ -24,6 +28,11 @@ class Comparison:
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.__annotations__})
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """Where both see the same class."""
+        return self.expected == self.predicted
 
     @property
     def max_relative(self) -> float:
@@ -35,7 +44,8 @@ def compare(reference: np.ndarray, logits: np.ndarray) -> Comparison:
     """Compare `logits` with `reference`, both [B, classes] and finite."""
     reference, logits = reference.astype(np.float64), logits.astype(np.float64)
     return Comparison(
-        agrees=reference.argmax(1) == logits.argmax(1),
+        expected=reference.argmax(1),
+        predicted=logits.argmax(1),
         cosine=_cosine(reference, logits),
         kl=_kl(reference, logits),
         max_abs=np.abs(reference - logits).max(1),

@@ -36,6 +36,10 @@ class ImageSet(Protocol):
         """Images float32 [B, C, H, W] and labels int64 [B], or None for the labels."""
         ...
 
+    def names(self) -> list[str] | None:
+        """What every image is called within the set; None where that is not known."""
+        ...
+
     def record(self) -> ImageSetRecord:
         """What an artefact keeps of these images."""
         ...
@@ -115,6 +119,10 @@ class LabelledImages:
         part = copy.copy(self)
         part._samples = [self._samples[i] for i in indices]
         return part
+
+    def names(self) -> list[str]:
+        """What every image is called within the set; no file is read for it."""
+        return [sample.name for sample in self._samples]
 
     def digests(self) -> list[str]:
         """One digest for each image file, in order."""

@@ -4,7 +4,7 @@ A runner owns a session and gives it back when its block ends. Its `provider` is
 lists providers that it cannot load, and falls back to the CPU with no more than a line in its log.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,14 @@ PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}
 
 
 class Runner(Protocol):
-    """A context manager that computes logits [B, classes] of images [B, C, H, W]."""
+    """A context manager that computes logits [B, classes] of images [B, C, H, W].
+
+    `described` is what an ONNX file says of itself, by key.
+    """
 
     name: str
     provider: str
+    described: Mapping[str, str]
 
     def __enter__(self) -> Self: ...
 
@@ -67,6 +71,7 @@ class OnnxRunner:
                 "the driver that provide it (pip install 'flora-vit[gpu]' for NVIDIA GPUs), or ask for the CPU."
             )
         self.provider = providers[0]
+        self.described: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type not in NUMPY_TYPES:
             found = ", ".join(f"{value.name}: {value.type}" for value in inputs)
@@ -190,10 +195,16 @@ class OpenVinoRunner:
             raise InputError(f"{path} does not exist; give an ONNX file.")
         self.name = name or self.path.name
         try:
-            self._compiled = openvino.Core().compile_model(str(self.path), "CPU", openvino_config(precision, threads))
+            core = openvino.Core()
+            model = core.read_model(str(self.path))
+            self._compiled = core.compile_model(model, "CPU", openvino_config(precision, threads))
         except RuntimeError as error:
             raise InputError(f"{path} is no ONNX file that OpenVINO can run here ({error}).") from error
         self._request = self._compiled.create_infer_request()
+        noted = model.get_rt_info()
+        self.described: Mapping[str, str] = (
+            {key: value.astype(str) for key, value in noted["framework"].items()} if "framework" in noted else {}
+        )
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if used != OPENVINO_PRECISIONS[precision]:
             raise BackendMissingError(

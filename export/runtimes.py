@@ -61,6 +61,11 @@ RUNTIMES = {
 }
 
 
+def precision_of_products(precision: str) -> str:
+    """What products are computed in, in a file of this precision: int8-fp16 has FP16 around them."""
+    return precision.partition("-")[0]
+
+
 def runtime_called(name: str) -> Runtime:
     """The runtime of that name; `InputError` where there is none."""
     if name not in RUNTIMES:

@@ -6,7 +6,7 @@ those who have one.
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -23,6 +23,7 @@ class TensorRtRunner:
     def __init__(self, path: Path, *, name: str | None = None) -> None:
         self.path = Path(path)
         self.name = name or self.path.name
+        self.described: Mapping[str, str] = {}
         trt, self._cuda = backend_module("tensorrt"), cuda_runtime()
         if not self.path.is_file():
             raise InputError(f"{path} does not exist; give an engine file.")

@@ -1,6 +1,6 @@
 """A torch module behind the runner protocol: what exports are compared with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +19,7 @@ class TorchRunner:
             raise BackendMissingError(f"torch finds no GPU for device {device}; run on the cpu.")
         self.name = name
         self.provider = f"torch {device}"
+        self.described: Mapping[str, str] = {}
         self._module = module
         self._device = device
         self._home = next(module.parameters()).device

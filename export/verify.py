@@ -1,58 +1,24 @@
 """The chain of proof: the same images through every stage, each compared with one before, the first failure named.
 
 A stage is a runner at a batch size. Its kind picks the thresholds that it must hold against the stage it is compared
-with: a low-rank model may answer differently as long as accuracy stays, a runtime must give the same logits, a lower
-precision lies between. Images are read once; every stage sees the same arrays.
+with. Images are read once; every stage sees the same arrays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from export.images import ImageSet
+from export.paired import PairedAccuracy
 from export.runners import Runner
-from export.tally import Tally
+from export.tally import Tally, WorstImage
+from export.thresholds import THRESHOLDS, Thresholds
 from flora.errors import InputError, near_matches
 
 LOADED_AT_ONCE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thresholds:
-    """What a stage must hold against the one it is compared with; None means that it is only reported.
-
-    `max_relative` is the largest difference of two logits over the largest logit, `max_drop` is in points of top-1,
-    `min_agreement` is a share. `unlabelled_min_agreement` stands in for `max_drop` where images have no labels.
-    """
-
-    min_agreement: float | None = None
-    min_cosine: float | None = None
-    max_relative: float | None = None
-    max_kl: float | None = None
-    max_drop: float | None = None
-    unlabelled_min_agreement: float | None = None
-
-
-THRESHOLDS: dict[str, Thresholds] = {
-    "lowrank": Thresholds(max_drop=1.0, unlabelled_min_agreement=0.9),
-    "fp32": Thresholds(min_agreement=0.99, min_cosine=0.9999, max_relative=1e-3, max_kl=1e-4),
-    "fp16": Thresholds(min_agreement=0.98, min_cosine=0.999, max_relative=2e-2, max_kl=5e-3, max_drop=0.5),
-    "bf16": Thresholds(min_agreement=0.95, min_cosine=0.99, max_kl=2e-2, max_drop=0.5),
-    "int8": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
-    "int8-fp16": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
-    "fp8": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
-}
-
-
-def thresholds_with_drop(max_drop: float) -> dict[str, Thresholds]:
-    """The table, with `max_drop` points of top-1 allowed to low rank and to each lower precision."""
-    return {
-        kind: limits if limits.max_drop is None else replace(limits, max_drop=max_drop)
-        for kind, limits in THRESHOLDS.items()
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +35,9 @@ class Stage:
 class StageReport(BaseModel):
     """Figures of one stage. `top1`, `top5` are in percent, their error and `drop` in points, `agreement` a share.
 
-    `cosine` and `kl` are means over images, `max_abs` is the largest difference of two logits.
+    `drop` is that of top-1 against the compared stage on the same images, `drop_low` to `drop_high` its 95 % interval,
+    `p_value` that of McNemar's exact test. `cosine` and `kl` are means over images, `max_abs` is the largest difference
+    of two logits. `worst` are the images furthest from the compared stage, as far as they differ.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,9 +57,13 @@ class StageReport(BaseModel):
     max_relative: float | None = None
     kl: float | None = None
     drop: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    p_value: float | None = None
+    worst: list[WorstImage] = []
     passed: bool
     failures: list[str]
-    note: str | None = None
+    notes: list[str] = []
 
 
 class VerifyReport(BaseModel):
@@ -132,11 +104,19 @@ def verify(
             progress(done, len(images))
     if done == 0:
         raise InputError("There are no images to verify with; give a set that holds some.")
-    reports: dict[str, StageReport] = {}
-    for stage in stages:
-        before = None if stage.compared_with is None else tallies[stage.compared_with]
-        reports[stage.name] = _report(stage, tallies[stage.name], thresholds[stage.kind], before)
-    return VerifyReport(stages=list(reports.values()))
+    names = images.names()
+    return VerifyReport(
+        stages=[
+            _report(
+                stage,
+                tallies[stage.name],
+                thresholds[stage.kind],
+                None if stage.compared_with is None else tallies[stage.compared_with],
+                names,
+            )
+            for stage in stages
+        ]
+    )
 
 
 def _check(stages: Sequence[Stage], thresholds: Mapping[str, Thresholds]) -> None:
@@ -170,28 +150,59 @@ def _logits(stage: Stage, images: np.ndarray) -> np.ndarray:
 
 def judged(
     tally: Tally, limits: Thresholds, reference: Tally | None
-) -> tuple[dict[str, float | None], list[str], str | None]:
+) -> tuple[dict[str, float | None], list[str], list[str]]:
     """Figures of a stage, a line for each limit that it does not hold against `reference`, and what is to be said."""
     figures: dict[str, float | None] = {**tally.accuracy(), **tally.differences()}
-    failures, note = [], None
+    failures: list[str] = []
+    notes: list[str] = []
     if tally.non_finite:
-        failures.append(f"{tally.non_finite} of {tally.images} images have logits that are not finite")
+        failures.append(
+            f"{len(tally.non_finite)} of {tally.images} images have logits that are not finite, the first is image "
+            f"{tally.non_finite[0]}"
+        )
     if reference is not None:
-        before, now = reference.accuracy().get("top1"), figures.get("top1")
-        if before is not None and now is not None:
-            figures["drop"] = round(before - now, 6)
+        paired = _paired(tally, reference)
+        figures |= _drop(paired)
         if tally.classes != reference.classes:
             failures.append(f"gives {tally.classes} classes, {reference.name} gives {reference.classes}")
         elif reference.non_finite:
             failures.append(f"cannot be compared: {reference.name} gave logits that are not finite")
         elif not tally.non_finite:
-            limits, note = _as_far_as_labelled(limits, labelled="drop" in figures)
-            failures += exceeded(figures, limits)
-    return figures, failures, note
+            limits, notes = _as_far_as_labelled(limits, labelled=paired is not None)
+            failures += limits.exceeded(figures)
+            notes += _uncertain(paired, limits)
+    return figures, failures, notes
 
 
-def _report(stage: Stage, tally: Tally, limits: Thresholds, before: Tally | None) -> StageReport:
-    figures, failures, note = judged(tally, limits, before)
+def _paired(tally: Tally, reference: Tally) -> PairedAccuracy | None:
+    before, now = reference.right(), tally.right()
+    return None if before is None or now is None else PairedAccuracy.of(before, now)
+
+
+def _drop(paired: PairedAccuracy | None) -> dict[str, float | None]:
+    if paired is None:
+        return {}
+    low, high = paired.interval
+    return {"drop": paired.drop, "drop_low": low, "drop_high": high, "p_value": paired.p_value}
+
+
+def _uncertain(paired: PairedAccuracy | None, limits: Thresholds) -> list[str]:
+    """That so few images cannot tell on which side of its limit the drop lies, where they cannot."""
+    if paired is None or limits.max_drop is None:
+        return []
+    low, high = paired.interval
+    if high <= limits.max_drop or low > limits.max_drop:
+        return []
+    return [
+        f"a drop of {paired.drop:.2f} points ({low:.2f} to {high:.2f} with 95 % confidence): {paired.images} images "
+        f"cannot tell whether it is above {limits.max_drop:g}"
+    ]
+
+
+def _report(
+    stage: Stage, tally: Tally, limits: Thresholds, before: Tally | None, names: list[str] | None
+) -> StageReport:
+    figures, failures, notes = judged(tally, limits, before)
     return StageReport(
         name=stage.name,
         kind=stage.kind,
@@ -199,38 +210,20 @@ def _report(stage: Stage, tally: Tally, limits: Thresholds, before: Tally | None
         provider=stage.runner.provider,
         batch_size=stage.batch_size,
         images=tally.images,
+        worst=tally.worst(names),
         passed=not failures,
         failures=failures,
-        note=note,
+        notes=notes,
         **cast(dict[str, Any], figures),
     )
 
 
-def _as_far_as_labelled(limits: Thresholds, *, labelled: bool) -> tuple[Thresholds, str | None]:
+def _as_far_as_labelled(limits: Thresholds, *, labelled: bool) -> tuple[Thresholds, list[str]]:
     """The thresholds that can be held, and what is to be said where accuracy is not among them."""
     if labelled or limits.max_drop is None:
-        return limits, None
+        return limits, []
     if limits.unlabelled_min_agreement is None:
-        return replace(limits, max_drop=None), "no labels: accuracy was not checked"
+        return limits.model_copy(update={"max_drop": None}), ["no labels: accuracy was not checked"]
     agreement = limits.unlabelled_min_agreement
-    held = replace(limits, max_drop=None, min_agreement=agreement)
-    return held, f"no labels: held against an agreement of {agreement:g} in place of accuracy"
-
-
-def exceeded(figures: Mapping[str, float | None], limits: Thresholds) -> list[str]:
-    """One line for each threshold that the figures do not hold."""
-    bounds = (
-        ("agreement", limits.min_agreement, "below"),
-        ("cosine", limits.min_cosine, "below"),
-        ("max_relative", limits.max_relative, "above"),
-        ("kl", limits.max_kl, "above"),
-        ("drop", limits.max_drop, "above"),
-    )
-    lines = []
-    for name, limit, side in bounds:
-        figure = figures.get(name)
-        if limit is None or figure is None:
-            continue
-        if figure < limit if side == "below" else figure > limit:
-            lines.append(f"{name} is {figure:.6g}, {side} {limit:g}")
-    return lines
+    held = limits.model_copy(update={"max_drop": None, "min_agreement": agreement})
+    return held, [f"no labels: held against an agreement of {agreement:g} in place of accuracy"]

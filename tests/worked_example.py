@@ -8,11 +8,13 @@ import functools
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from export.images import LabelledImages
@@ -47,7 +49,8 @@ class WorkedExample:
     def dense(self) -> Path:
         """The dense model's folder."""
         folder = self.root / "dense"
-        config = ModelConfig(model=MODEL, args=tiny_args(), preprocessing=GREY)
+        names = tuple(str(label) for label in range(10))
+        config = ModelConfig(model=MODEL, args=tiny_args(), preprocessing=GREY, class_names=names)
         save_model(folder, self._labelled[0], config)
         return folder
 
@@ -55,15 +58,7 @@ class WorkedExample:
     def images(self) -> Path:
         """A tar of images of Fashion-MNIST, each under the class that the dense model sees in it."""
         images = self._fashion
-        path = self.root / "images.tar"
-        with tarfile.open(path, "w") as archive:
-            for number, label in enumerate(self._labelled[1]):
-                content = io.BytesIO()
-                images[number][0].save(content, "png")
-                member = tarfile.TarInfo(f"{label}/{number}.png")
-                member.size = len(content.getvalue())
-                archive.addfile(member, io.BytesIO(content.getvalue()))
-        return path
+        return write_tar(self.root / "images.tar", [images[i][0] for i in range(len(images))], self._labelled[1])
 
     @cached_property
     def supernet(self) -> Path:
@@ -129,6 +124,18 @@ class WorkedExample:
         assert outcome.code == 0, outcome
         self.outcomes[command] = outcome
         return out
+
+
+def write_tar(path: Path, images: Sequence[Image.Image], classes: Sequence[int]) -> Path:
+    """A tar of the images, each under its class."""
+    with tarfile.open(path, "w") as archive:
+        for number, (image, label) in enumerate(zip(images, classes, strict=True)):
+            content = io.BytesIO()
+            image.save(content, "png")
+            member = tarfile.TarInfo(f"{label}/{number}.png")
+            member.size = len(content.getvalue())
+            archive.addfile(member, io.BytesIO(content.getvalue()))
+    return path
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from flora.cli.options import (
     targets_option,
     teacher_options,
     threads_option,
+    threshold_option,
     torch_device,
     training_options,
     workers_option,
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     help="Epochs for which the subnet that was found trains on by itself (default: as many as the supernet).",
 )
 @max_drop_option(1.0, "1.0")
+@threshold_option
 @workers_option
 @device_option
 @threads_option
@@ -157,6 +159,7 @@ def command(
     teacher_checkpoint: Path | None,
     finetune_epochs: int | None,
     max_drop: float,
+    thresholds: tuple[str, ...],
     workers: int,
     device: str,
     threads: int | None,
@@ -203,6 +206,7 @@ def command(
         compare=compare,
         require=require,
         max_drop=max_drop,
+        thresholds=thresholds,
         threads=threads,
         command=("flora", *sys.argv[1:]),
     )
@@ -330,5 +334,5 @@ _BOTH = {
     *("model", "checkpoint", "pretrained", "model_kwargs", "method", "budget", "calib_data", "select_data"),
     *("eval_data", "out", "targets", "layers", "space", "max_drop", "workers", "device", "threads", "restart"),
     *("as_json", "latency_table", "family", "runtime", "dry_run"),
-    *("precisions", "calib_images", "compare", "require"),
+    *("precisions", "calib_images", "compare", "require", "thresholds"),
 }

@@ -17,6 +17,7 @@ from flora.cli.options import (
     split_names,
     targets_option,
     threads_option,
+    threshold_option,
 )
 
 
@@ -45,6 +46,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="The dense model to verify against (a weights file or folder) instead of the one that MODEL records.",
 )
 @max_drop_option(1.0, "1.0")
+@threshold_option
 @precision_options("--precision")
 @click.option(
     "--calib-data",
@@ -84,6 +86,7 @@ def command(
     out: Path,
     reference: Path | None,
     max_drop: float,
+    thresholds: tuple[str, ...],
     precisions: tuple[str, ...],
     calib_data: str | None,
     select_data: str | None,
@@ -120,6 +123,7 @@ def command(
         runtime=runtime,
         reference=reference,
         max_drop=max_drop,
+        thresholds=thresholds,
         precisions=precisions,
         calib_data=calib_data,
         select_data=select_data,

@@ -42,6 +42,13 @@ def max_drop_option(default: float | None, help_of_default: str) -> Callable:
     )
 
 
+threshold_option = click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    metavar="KIND.NAME=VALUE",
+    help="Another limit for one kind of stage, such as fp16.min_agreement=0.95 or int8.max_kl=none; may be repeated.",
+)
 fitness_option = click.option(
     "--fitness",
     type=click.Choice(["loss", "top1", "distance", "agreement"]),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.bundle import Bundle, Manifest
+from export.tally import WorstImage
 from export.verify import VerifyReport
 from flora.cli.output import millions, percent, print_json, print_next, print_table
 from flora.errors import GateFailedError, few
@@ -86,9 +87,10 @@ def print_stages(report: VerifyReport, title: str = "Verification on {} images")
     rows = [
         [
             stage.name,
-            percent(stage.top1),
-            "-" if stage.top1_standard_error is None else f"{stage.top1_standard_error:.2f}",
+            "-" if stage.top1 is None else f"{stage.top1:.2f} % ± {stage.top1_standard_error:.2f}",
             stage.compared_with or "-",
+            "-" if stage.drop is None else f"{stage.drop:.2f} ({stage.drop_low:.2f} to {stage.drop_high:.2f})",
+            "-" if stage.p_value is None else f"{stage.p_value:.2g}",
             "-" if stage.agreement is None else f"{stage.agreement:.2%}",
             "-" if stage.cosine is None else f"{stage.cosine:.6f}",
             "-" if stage.max_abs is None else f"{stage.max_abs:.1e}",
@@ -98,13 +100,20 @@ def print_stages(report: VerifyReport, title: str = "Verification on {} images")
         for stage in report.stages
     ]
     print_table(
-        ["stage", "top-1", "error", "compared with", "agreement", "cosine", "max abs", "KL", "gate"],
+        ["stage", "top-1", "compared with", "drop (95 %)", "p", "agreement", "cosine", "max abs", "KL", "gate"],
         rows,
         title=title.format(report.stages[0].images),
     )
     for stage in report.stages:
-        for line in (*stage.failures, *([stage.note] if stage.note else [])):
+        for line in (*stage.failures, *stage.notes):
             print(f"{stage.name}: {line}")
+        if not stage.passed and stage.worst:
+            print(f"{stage.name}: furthest off on {'; '.join(map(_described, stage.worst))}")
+
+
+def _described(image: WorstImage) -> str:
+    label = "" if image.label is None else f", labelled {image.label}"
+    return f"{image.name} (class {image.predicted}, before {image.expected}{label}, {image.kl:.2g} nats)"
 
 
 def print_artifacts(manifest: Manifest) -> None:

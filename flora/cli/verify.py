@@ -4,18 +4,25 @@ from pathlib import Path
 
 import click
 
-from flora.cli.options import IMAGES_HELP, json_option, max_drop_option, threads_option
+from flora.cli.options import IMAGES_HELP, json_option, max_drop_option, threads_option, threshold_option
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", metavar="IMAGES", help=f"Labelled images to measure accuracy on: {IMAGES_HELP}.")
 @max_drop_option(None, "that of the export")
+@threshold_option
 @click.option("--runtime", metavar="RUNTIME", help="Run on ort-cpu, ort-cuda or openvino instead.")
 @threads_option
 @json_option
 def command(
-    bundle: Path, data: str | None, max_drop: float | None, runtime: str | None, threads: int | None, as_json: bool
+    bundle: Path,
+    data: str | None,
+    max_drop: float | None,
+    thresholds: tuple[str, ...],
+    runtime: str | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Check BUNDLE here: the hash of every file, the golden outputs, and with --data the accuracy.
 
@@ -29,7 +36,7 @@ def command(
     from flora.errors import GateFailedError
     from flora.pipeline.verify import verify_bundle
 
-    check = verify_bundle(bundle, data=data, max_drop=max_drop, threads=threads, runtime=runtime)
+    check = verify_bundle(bundle, data=data, max_drop=max_drop, thresholds=thresholds, threads=threads, runtime=runtime)
     manifest = check.bundle.manifest
     if as_json:
         print_json(

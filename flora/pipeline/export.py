@@ -13,8 +13,9 @@ from torch import nn
 from calibrate.half import BeyondRangeError
 from export.attestation import attest
 from export.bundle import GOLDEN, MANIFEST, ArtifactEntry, Bundle, Manifest, Status, hash_files, load_bundle
-from export.images import ImageSet
+from export.images import ChoosableImages
 from export.onnx import onnx_from_module
+from export.pictures import write_pictures
 from export.runtimes import ORT_CPU, runtime_called
 from flora.artifact import check_replaceable, new_folder
 from flora.errors import InputError
@@ -162,6 +163,9 @@ def export_bundle(
             golden=folder / GOLDEN,
             on_step=on_step,
         )
+        report = proof.report
+        if not getattr(images, "is_streamed", False):
+            report = write_pictures(report, images, source.config.preprocessing, folder)
         if job is not None:
             job.save(folder / SETTINGS)
         files = hash_files(folder)
@@ -195,14 +199,14 @@ def export_bundle(
             artifacts=[*certified, *others, *engine_entries],
             recommended=recommended,
             recommendation_reason=reason,
-            max_drop=request.max_drop,
+            thresholds=request.protocol.thresholds,
             unmet=[
                 *(f"{one.onnx_name}: {line}" for one in low for line in _unmet(one, request)),
                 *(f"{entry.name}: {entry.reason}" for entry in engine_entries if entry.status == "failed"),
                 *request.unseen([*low, *engines]),
             ],
             selection=selected.report if selected else None,
-            verification=proof.report,
+            verification=report,
             latency=proof.latency,
             image_sets=({"evaluation": record} if request.certifies else {}) | seen,
             versions=versions(),
@@ -331,7 +335,7 @@ def _outcome_of_loser(one: Exported, selected: Proof | None, request: ExportRequ
     return status, reason or "it passed on the selection images and is slower here than what was chosen"
 
 
-def _images_to_judge_by(request: ExportRequest, source: LoadedModel) -> ImageSet:
+def _images_to_judge_by(request: ExportRequest, source: LoadedModel) -> ChoosableImages:
     """The evaluation images, which must show the model's classes, or else the selection images."""
     assert request.eval_data is not None
     images = open_images(request.eval_data, source.config.preprocessing)

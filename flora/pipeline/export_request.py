@@ -6,9 +6,9 @@ from pathlib import Path
 
 from export.attestation import Attestation, Requirement
 from export.engines import EngineSpec, backend_version
-from export.runtimes import ORT_CPU, TENSORRT, check_loads_onnx, runtime_version
+from export.runtimes import ORT_CPU, TENSORRT, check_loads_onnx, precision_of_products, runtime_version
 from export.tensorrt_runner import cuda_runtime
-from export.verify import thresholds_with_drop
+from export.thresholds import thresholds_with
 from flora.errors import InputError, few
 from flora.lowrank.checkpoint import LoadedModel
 from flora.pipeline.engines import BuiltEngine
@@ -44,6 +44,7 @@ class ExportRequest:
     targets: tuple[str, ...] = ("onnx",)
     reference: Path | None = None
     max_drop: float = 1.0
+    thresholds: tuple[str, ...] = ()
     opset: int = 20
     batches: tuple[int, int, int] = (1, 8, 64)
     compute_capabilities: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ class ExportRequest:
         for precision in self.low_precisions:
             for spec in specs:
                 spec.fit_for(precision)
-        named = {precision.split("-")[0] for precision in self.low_precisions}
+        named = set(map(precision_of_products, self.low_precisions))
         if lacking := [precision for precision in self.required if precision not in named]:
             raise InputError(f"{self.require} is required, and the precisions do not name {few(lacking)}.")
         return specs
@@ -105,7 +106,7 @@ class ExportRequest:
             usual=usual,
             repeats=self.repeats,
             threads=self.threads,
-            thresholds=thresholds_with_drop(self.max_drop),
+            thresholds=thresholds_with(self.max_drop, self.thresholds),
         )
 
     def judges(self, source: LoadedModel) -> Judges | None:

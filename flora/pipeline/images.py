@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def _named_classes(images: ImageSet) -> int:
 class Unlabelled:
     """An image set whose labels mean nothing to the model."""
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: ChoosableImages) -> None:
         self._images = images
 
     def __len__(self) -> int:
@@ -77,6 +77,18 @@ class Unlabelled:
     def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Images alone."""
         return ((images, None) for images, _ in self._images.batches(batch_size))
+
+    def labels(self) -> np.ndarray:
+        """-1 for every image."""
+        return np.full(len(self), -1)
+
+    def chosen(self, indices: Sequence[int]) -> "Unlabelled":
+        """The images at these places alone."""
+        return Unlabelled(self._images.chosen(indices))
+
+    def names(self) -> list[str] | None:
+        """What every image is called within the set."""
+        return self._images.names()
 
     def record(self) -> ImageSetRecord:
         """What an artefact keeps of these images."""

@@ -24,7 +24,8 @@ from export.bundle import QuantizationRecord
 from export.images import ChoosableImages, ImageSet
 from export.runtimes import ORT_CPU, open_runner, runtime_called
 from export.tally import Tally
-from export.verify import Thresholds, judged
+from export.thresholds import Thresholds
+from export.verify import judged
 from flora.errors import InputError, near_matches
 from flora.imagesets import ImageSetRecord, at_most
 from flora.pipeline.images import Unlabelled, calibration_and_selection, labels_are_classes, open_images

@@ -13,9 +13,10 @@ from export.benchmark import LatencyStats, paired_latency
 from export.bundle import ArtifactEntry, QuantizationRecord, Status, size_of, write_golden
 from export.images import ImageSet
 from export.runners import Runner
-from export.runtimes import open_runner, runtime_called
+from export.runtimes import open_runner, precision_of_products, runtime_called
+from export.thresholds import Thresholds
 from export.torch_runner import TorchRunner
-from export.verify import Stage, Thresholds, VerifyReport, verify
+from export.verify import Stage, VerifyReport, verify
 from flora.lowrank.checkpoint import LoadedModel
 from flora.lowrank.targets import trace_cost
 
@@ -61,7 +62,7 @@ class Exported:
     @property
     def of_products(self) -> str:
         """The precision that products should be computed in."""
-        return self.precision.split("-")[0]
+        return precision_of_products(self.precision)
 
     @property
     def is_for_engines(self) -> bool:

@@ -1,14 +1,17 @@
 """Checking a bundle, on the machine that made it or on another: files, golden outputs, accuracy. Needs no torch."""
 
+import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import ArtifactEntry, Bundle, Manifest, check_golden, check_hashes, load_bundle
+from export.bundle import MANIFEST, ArtifactEntry, Bundle, Manifest, check_golden, check_hashes, load_bundle
 from export.runners import Runner
 from export.runtimes import open_runner
-from export.verify import Stage, VerifyReport, thresholds_with_drop, verify
+from export.thresholds import thresholds_with
+from export.verify import Stage, VerifyReport, verify
 from flora.errors import GateFailedError
 from flora.pipeline.images import certified_images
 
@@ -36,18 +39,21 @@ def verify_bundle(
     *,
     data: str | None = None,
     max_drop: float | None = None,
+    thresholds: Sequence[str] = (),
     threads: int | None = None,
     runtime: str | None = None,
 ) -> BundleCheck:
     """Check the hashes of all files, then run every ONNX file on the golden images, and on `data` if given.
 
-    `max_drop` (points of top-1) takes the place of the one in the manifest, `runtime` that of the one exported for.
+    `max_drop` (points of top-1) and `thresholds` (see `thresholds_with`) take the place of those in the manifest,
+    `runtime` that of the one exported for.
     A file whose hash is wrong ends the check with a `GateFailedError`: it is not run.
     """
     bundle = load_bundle(folder)
     if problems := check_hashes(bundle):
         raise GateFailedError(f"{folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run.")
     manifest = bundle.manifest
+    limits = thresholds_with(max_drop, thresholds, manifest.thresholds)
     images = None
     if data:
         classes = len(manifest.class_names) if manifest.class_names else None
@@ -61,17 +67,28 @@ def verify_bundle(
             )
             for entry in runnable
         }
-        problems = [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]
+        problems = [problem for entry in runnable for problem in _misdescribed(manifest, runners[entry.name])]
+        problems += [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]
         report = None
         if images is None:
             failed = [entry for entry in runnable if entry.status == "failed"]
             problems += [f"{entry.name} failed at export: {entry.reason}" for entry in failed]
         else:
-            drop = manifest.max_drop if max_drop is None else max_drop
-            report = verify(_stages(runnable, runners), images, thresholds=thresholds_with_drop(drop))
-            problems += _problem_of_images(manifest, report, drop)
+            report = verify(_stages(runnable, runners), images, thresholds=limits)
+            problems += _problem_of_images(manifest, report, limits["lowrank"].max_drop or 0.0)
     not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry not in runnable]
     return BundleCheck(bundle=bundle, problems=problems, not_run=not_run, report=report)
+
+
+def _misdescribed(manifest: Manifest, runner: Runner) -> list[str]:
+    """A line for each thing that the manifest, which has no hash itself, says otherwise than a file that has one."""
+    names = None if manifest.class_names is None else json.dumps(manifest.class_names)
+    said = {"flora.preprocessing": manifest.preprocessing.model_dump_json(), "flora.class_names": names}
+    return [
+        f"{MANIFEST}: {key.removeprefix('flora.')} is {mine}, and {runner.name} was exported with {written}"
+        for key, mine in said.items()
+        if (written := runner.described.get(key)) not in (None, mine)
+    ]
 
 
 def _problem_of_images(manifest: Manifest, report: VerifyReport, drop: float) -> list[str]:

@@ -11,8 +11,9 @@ from onnx import numpy_helper
 
 from export.images import LabelledImages
 from export.runners import OnnxRunner
+from export.thresholds import THRESHOLDS, Thresholds
 from export.torch_runner import TorchRunner
-from export.verify import THRESHOLDS, Stage, StageReport, Thresholds, VerifyReport, verify
+from export.verify import Stage, StageReport, VerifyReport, verify
 from flora.errors import InputError
 
 
@@ -24,6 +25,9 @@ class ArrayImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def names(self) -> list[str]:
+        return [f"{i}.png" for i in range(len(self))]
 
     def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         for i in range(0, len(self), batch_size):
@@ -147,10 +151,10 @@ def test_unlabelled_images_hold_a_low_rank_model_against_agreement_and_say_so():
     kept = _second(lambda x: 2 * x, "lowrank", ArrayImages(_logits()))
     assert kept.passed
     assert (kept.top1, kept.drop) == (None, None)
-    assert "no labels" in kept.note
+    assert "no labels" in kept.notes[0]
     lost = _second(lambda x: -x, "lowrank", ArrayImages(_logits()))
     assert lost.failures == ["agreement is 0, below 0.9"]
-    assert "not checked" in _second(lambda x: x, "int8", ArrayImages(_logits())).note
+    assert "not checked" in _second(lambda x: x, "int8", ArrayImages(_logits())).notes[0]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
@@ -209,9 +213,7 @@ def test_an_output_that_is_no_classification_is_refused():
 
 
 def test_thresholds_can_be_given(model, onnx_file, images):
-    report = verify(
-        _chain(model, onnx_file, onnx_file), images, thresholds=THRESHOLDS | {"fp32": Thresholds(min_cosine=1.1)}
-    )
+    report = verify(_chain(model, onnx_file, onnx_file), images, thresholds=THRESHOLDS | {"fp32": Thresholds(max_kl=0)})
     assert report.first_failure == "onnx batch 1"
 
 
@@ -241,3 +243,43 @@ def test_random_images_are_not_all_alike(model):
     """The model of these tests tells images apart; else agreement would prove nothing."""
     with TorchRunner(model, name="torch") as runner:
         assert len(set(runner(random_images(50)).argmax(1))) > 1
+
+
+def test_a_drop_comes_with_its_interval_and_is_doubted_where_images_are_too_few():
+    labels = np.arange(100) % 10
+    right = 10 * np.eye(10, dtype=np.float32)[labels]
+    images = ArrayImages(right, labels)
+
+    def one_class_wrong(batch):
+        return np.where(batch[:, :1] > 0, np.roll(batch, 1, axis=1), batch)
+
+    report = _second(lambda x: x, "lowrank", images)
+    assert (report.drop, report.p_value) == (0, 1)
+    assert report.drop_low < 0 < report.drop_high
+    assert "100 images cannot tell whether it is above 1" in report.notes[0]
+    lost = _second(one_class_wrong, "lowrank", images)
+    assert lost.drop == 10
+    assert lost.drop_high > 10
+    assert lost.drop_low > 1
+    assert lost.p_value < 0.01
+    assert not lost.notes
+
+
+def test_the_images_furthest_off_are_named_and_those_alike_are_not():
+    logits, labels = 4 * np.eye(10, dtype=np.float32)[np.arange(100) % 10], np.arange(100) % 10
+
+    def shifted(batch):
+        changed = batch.copy()
+        for i, row in enumerate(batch):
+            if row[3] == 4:  # images 3, 13, 23, ...
+                changed[i] = np.roll(row, 1)
+        return changed
+
+    report = _second(shifted, "lowrank", ArrayImages(logits, labels))
+    assert [image.index for image in report.worst] == [3, 13, 23, 33, 43]
+    assert {(image.name[-5:], image.label, image.expected, image.predicted) for image in report.worst} == {
+        ("3.png", 3, 3, 4)
+    }
+    assert report.worst[0].kl > 1
+    assert _second(lambda x: x, "fp32", ArrayImages(logits)).worst == []
+    assert _second(shifted, "lowrank", ArrayImages(logits)).worst[0].label is None

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from export.images import LabelledImages
 from tests.flora_command import assert_nothing_at, assert_refused, flora, leftovers
+from tests.samples import GREY
 from tests.worked_example import QUICK
 
 
@@ -40,6 +42,21 @@ def test_an_artefact_that_failed_is_labelled_and_not_recommended(worked):
     stages = {stage["name"]: stage for stage in manifest["verification"]["stages"]}
     assert [name for name, stage in stages.items() if not stage["passed"]] == ["factorized, torch"]
     assert stages["factorized, torch"]["drop"] > 1
+
+
+def test_the_images_that_low_rank_sees_otherwise_lie_in_the_bundle_under_their_names(worked):
+    stages = {stage["name"]: stage for stage in worked.manifest["verification"]["stages"]}
+    lowrank = stages["factorized, torch"]
+    assert 0 < lowrank["drop_low"] < lowrank["drop"] < lowrank["drop_high"]
+    assert lowrank["p_value"] < 0.05
+    assert len(lowrank["worst"]) == 5
+    names = LabelledImages(str(worked.images), GREY).names()
+    for image in lowrank["worst"]:
+        assert image["name"] == names[image["index"]]
+        assert image["label"] == image["expected"] == int(image["name"].partition("/")[0])
+        assert image["file"] in worked.manifest["files"]
+    kept = {name for name in worked.manifest["files"] if name.startswith("worst/")}
+    assert kept == {image["file"] for stage in stages.values() for image in stage["worst"]}
 
 
 def test_a_passed_and_a_failed_export_hold_the_same_model(worked):

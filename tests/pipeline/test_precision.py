@@ -15,7 +15,7 @@ from calibrate.mixed import products_by_layer
 from export.bundle import load_bundle
 from export.comparison import compare
 from export.runtimes import RUNTIMES
-from export.verify import THRESHOLDS, Thresholds
+from export.thresholds import THRESHOLDS, Thresholds
 from flora.errors import InputError
 from flora.lowrank.checkpoint import load_model
 from flora.pipeline.export import _wanted

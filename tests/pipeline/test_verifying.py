@@ -1,12 +1,10 @@
 """`flora verify` passes a bundle as it was exported, anywhere, and nothing else."""
 
 import hashlib
-import io
 import json
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from flora.lowrank.checkpoint import ModelConfig, save_model
 from flora.preprocessing import Preprocessing
 from tests.flora_command import assert_refused, flora
 from tests.samples import tiny_args, tiny_model
-from tests.worked_example import MODEL, QUICK, label_by
+from tests.worked_example import MODEL, QUICK, label_by, write_tar
 
 COMPACT = "onnx/model-fp32.onnx"
 COLOUR = Preprocessing(input_size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
@@ -65,7 +63,8 @@ def without_torch(*args: object) -> subprocess.CompletedProcess:
 def test_a_copied_bundle_passes_without_images(bundle):
     outcome = flora("verify", bundle, "--threads", 1)
     assert outcome.code == 0, outcome
-    assert "Hashes: 5 files as exported." in outcome.out
+    count = len(json.loads((bundle / "manifest.json").read_text())["files"])
+    assert f"Hashes: {count} files as exported." in outcome.out
     assert "reproduced by every ONNX file" in outcome.out
     assert "Recommended: onnx/" in outcome.out
 
@@ -144,6 +143,21 @@ def test_a_manifest_cannot_lead_out_of_the_bundle(bundle, never_run):
     assert_refused(flora("verify", bundle), "leads out of the bundle")
 
 
+@pytest.mark.parametrize("runtime", ["ort-cpu", "openvino"])
+@pytest.mark.parametrize(("key", "place", "wrong"), [("preprocessing", "mean", [0.9]), ("class_names", 3, "4")])
+def test_a_manifest_that_describes_another_model_is_found(bundle, runtime, key, place, wrong):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest[key][place] = wrong
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    outcome = flora("verify", bundle, "--threads", 1, "--runtime", runtime, "--json")
+    assert outcome.code == 3
+    problems = json.loads(outcome.out)["problems"]
+    assert len(problems) == 2
+    for problem in problems:
+        assert problem.startswith(f"manifest.json: {key} is ")
+        assert "was exported with" in problem
+
+
 def test_a_folder_that_is_no_bundle_is_refused(worked, tmp_path):
     assert_refused(flora("verify", worked.compact), "is no bundle: it holds no manifest.json")
     assert_refused(flora("verify", tmp_path / "none"), "is no bundle")
@@ -156,6 +170,18 @@ def test_low_rank_that_costs_too_much_fails_with_images(worked):
     assert "The gate failed at factorized, ONNX Runtime, batch 1" in outcome.message
     failed = [stage for stage in said["report"]["stages"] if not stage["passed"]]
     assert [stage["failures"][0][:8] for stage in failed] == ["drop is "]
+
+
+def test_a_threshold_may_be_changed_for_one_look_and_one_that_is_none_is_refused(worked):
+    strict = ("verify", worked.bundle, "--data", worked.images, "--threads", 1, "--threshold")
+    outcome = flora(*strict, "lowrank.max_drop=1", "--json")
+    failed = [stage for stage in json.loads(outcome.out)["report"]["stages"] if not stage["passed"]]
+    assert outcome.code == 3
+    assert [(stage["name"], stage["failures"][0][:8]) for stage in failed] == [
+        ("factorized, ONNX Runtime, batch 1", "drop is ")
+    ]
+    assert_refused(flora(*strict, "fp23.max_kl=1"), "Did you mean fp32")
+    assert worked.manifest["thresholds"]["lowrank"]["max_drop"] == 100
 
 
 def test_a_limit_that_is_no_number_does_not_switch_the_gate_off(worked):
@@ -172,19 +198,7 @@ def test_a_data_set_of_more_classes_is_refused(worked, tmp_path):
     for label in range(11):
         (tmp_path / f"{label}").mkdir()
         Image.new("L", (28, 28), label).save(tmp_path / f"{label}" / "0.png")
-    assert_refused(flora("verify", worked.bundle, "--data", tmp_path, "--threads", 1), "label 10", "10 classes")
-
-
-def write_images(path: Path, pixels: np.ndarray, classes: list[int]) -> Path:
-    """A tar of the images [B, H, W, 3], each under its class."""
-    with tarfile.open(path, "w") as archive:
-        for number, (image, label) in enumerate(zip(pixels, classes, strict=True)):
-            content = io.BytesIO()
-            Image.fromarray(image).save(content, "png")
-            member = tarfile.TarInfo(f"{label}/{number}.png")
-            member.size = len(content.getvalue())
-            archive.addfile(member, io.BytesIO(content.getvalue()))
-    return path
+    assert_refused(flora("verify", worked.bundle, "--data", tmp_path, "--threads", 1), "11 class folders", "10 classes")
 
 
 def test_images_whose_channels_are_swapped_are_told_from_a_model_that_is_wrong(tmp_path):
@@ -195,8 +209,9 @@ def test_images_whose_channels_are_swapped_are_told_from_a_model_that_is_wrong(t
     model = tiny_model("vit", in_chans=3)
     classes = label_by(model, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
     save_model(tmp_path / "dense", model, ModelConfig(model=MODEL, args=tiny_args(in_chans=3), preprocessing=COLOUR))
-    right = write_images(tmp_path / "right.tar", pixels, classes)
-    swapped = write_images(tmp_path / "swapped.tar", pixels[..., ::-1].copy(), classes)
+    right = write_tar(tmp_path / "right.tar", [Image.fromarray(image) for image in pixels], classes)
+    turned = [Image.fromarray(image) for image in pixels[..., ::-1].copy()]
+    swapped = write_tar(tmp_path / "swapped.tar", turned, classes)
     done = flora("export", tmp_path / "dense", "--eval-data", right, "-o", tmp_path / "bundle", *QUICK)
     assert done.code == 0, done.message
     assert flora("verify", tmp_path / "bundle", "--data", right, "--threads", 1).code == 0
