@@ -4,6 +4,7 @@ A stage is a runner at a batch size. Its kind picks the thresholds that it must 
 with. Images are read once; every stage sees the same arrays.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,17 +20,24 @@ from export.thresholds import THRESHOLDS, Thresholds
 from flora.errors import InputError, near_matches
 
 LOADED_AT_ONCE = 64
+# By so many, top-1 on other images of the same kind may differ.
+STANDARD_ERRORS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One runner at one batch size; `compared_with` names an earlier stage, None is a start of the chain."""
+    """One runner at one batch size; `compared_with` names an earlier stage, None is a start of the chain.
+
+    `expected_top1` in percent, with its standard error in points, is what the model is known to reach on such images.
+    """
 
     name: str
     runner: Runner
     batch_size: int
     kind: str
     compared_with: str | None = None
+    expected_top1: float | None = None
+    expected_error: float = 0.0
 
 
 class StageReport(BaseModel):
@@ -203,6 +211,7 @@ def _report(
     stage: Stage, tally: Tally, limits: Thresholds, before: Tally | None, names: list[str] | None
 ) -> StageReport:
     figures, failures, notes = judged(tally, limits, before)
+    failures += _below_expected(stage, figures, limits)
     return StageReport(
         name=stage.name,
         kind=stage.kind,
@@ -216,6 +225,23 @@ def _report(
         notes=notes,
         **cast(dict[str, Any], figures),
     )
+
+
+def _below_expected(stage: Stage, figures: Mapping[str, float | None], limits: Thresholds) -> list[str]:
+    """A line where the model is much less often right than it is known to be: then it is the images that differ.
+
+    All stages see the same arrays, so that a wrong normalization or order of channels makes none depart from another.
+    """
+    top1, expected = figures.get("top1"), stage.expected_top1
+    if expected is None or top1 is None:
+        return []
+    error = math.hypot(figures["top1_standard_error"] or 0.0, stage.expected_error)
+    if expected - top1 <= (limits.max_drop or 0.0) + STANDARD_ERRORS * error:
+        return []
+    return [
+        f"top1 is {top1:.2f} on these images, expected is {expected:.2f}. Look at how they are preprocessed "
+        "(normalization, order of channels), at their labels, and whether they are of the same kind"
+    ]
 
 
 def _as_far_as_labelled(limits: Thresholds, *, labelled: bool) -> tuple[Thresholds, list[str]]:

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from flora.cli.options import (
     IMAGES_HELP,
     device_option,
+    expect_option,
     fitness_option,
     generations_option,
     json_option,
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
 )
 @max_drop_option(1.0, "1.0")
 @threshold_option
+@expect_option
 @workers_option
 @device_option
 @threads_option
@@ -160,6 +162,7 @@ def command(
     finetune_epochs: int | None,
     max_drop: float,
     thresholds: tuple[str, ...],
+    expect_top1: float | None,
     workers: int,
     device: str,
     threads: int | None,
@@ -207,6 +210,7 @@ def command(
         require=require,
         max_drop=max_drop,
         thresholds=thresholds,
+        expect_top1=expect_top1,
         threads=threads,
         command=("flora", *sys.argv[1:]),
     )
@@ -319,6 +323,8 @@ def _reject_options(context: click.Context, is_supernet: bool) -> None:
         raise click.UsageError("Give either --budget BUDGET, such as macs=50%, or --family BUDGETS for several.")
     if is_supernet and context.params["data"] is None:
         raise click.UsageError("--method supernet trains, so it needs --data IMAGES.")
+    if context.params["expect_top1"] is not None and context.params["eval_data"] is None:
+        raise click.UsageError("--expect-top1 is what the dense model reaches on --eval-data IMAGES; name them.")
     if not is_supernet and context.params["calib_data"] is None:
         raise click.UsageError(
             "Without training, --calib-data IMAGES is needed; to train, give --method supernet --data IMAGES."
@@ -334,5 +340,5 @@ _BOTH = {
     *("model", "checkpoint", "pretrained", "model_kwargs", "method", "budget", "calib_data", "select_data"),
     *("eval_data", "out", "targets", "layers", "space", "max_drop", "workers", "device", "threads", "restart"),
     *("as_json", "latency_table", "family", "runtime", "dry_run"),
-    *("precisions", "calib_images", "compare", "require", "thresholds"),
+    *("precisions", "calib_images", "compare", "require", "thresholds", "expect_top1"),
 }

@@ -7,6 +7,7 @@ import click
 
 from flora.cli.options import (
     IMAGES_HELP,
+    expect_option,
     json_option,
     max_drop_option,
     out_option,
@@ -47,6 +48,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 )
 @max_drop_option(1.0, "1.0")
 @threshold_option
+@expect_option
 @precision_options("--precision")
 @click.option(
     "--calib-data",
@@ -87,6 +89,7 @@ def command(
     reference: Path | None,
     max_drop: float,
     thresholds: tuple[str, ...],
+    expect_top1: float | None,
     precisions: tuple[str, ...],
     calib_data: str | None,
     select_data: str | None,
@@ -124,6 +127,7 @@ def command(
         reference=reference,
         max_drop=max_drop,
         thresholds=thresholds,
+        expect_top1=expect_top1,
         precisions=precisions,
         calib_data=calib_data,
         select_data=select_data,

@@ -49,6 +49,13 @@ threshold_option = click.option(
     metavar="KIND.NAME=VALUE",
     help="Another limit for one kind of stage, such as fp16.min_agreement=0.95 or int8.max_kl=none; may be repeated.",
 )
+expect_option = click.option(
+    "--expect-top1",
+    type=click.FloatRange(min=0, max=100),
+    metavar="PERCENT",
+    help="What the dense model is known to reach on --eval-data; much less fails the gate at once, for then the images "
+    "are preprocessed or labelled in another way.",
+)
 fitness_option = click.option(
     "--fitness",
     type=click.Choice(["loss", "top1", "distance", "agreement"]),

@@ -182,6 +182,7 @@ def export_bundle(
         recommended, reason = recommend(
             _shippable(certified, exported, chosen, selected, request),
             proof.latency,
+            report.stages[0],
             factorized=bool(source.config.ranks),
         )
         notes = [*lost, *(judges.notes() if judges else ())]

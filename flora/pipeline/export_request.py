@@ -25,6 +25,8 @@ class ExportRequest:
     and their labels count only where they are the model's classes. `runtime` runs the ONNX files, here and in later
     verifications.
 
+    `expect_top1`, in percent, is what the dense model is known to reach on the evaluation images.
+
     For `precisions` other than FP32, ranges are measured on `calib_images` of `calib_data`, and every choice is made on
     `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
     what share of the products they must compute in, such as "int8>=80%".
@@ -45,6 +47,7 @@ class ExportRequest:
     reference: Path | None = None
     max_drop: float = 1.0
     thresholds: tuple[str, ...] = ()
+    expect_top1: float | None = None
     opset: int = 20
     batches: tuple[int, int, int] = (1, 8, 64)
     compute_capabilities: tuple[str, ...] = ()
@@ -107,6 +110,7 @@ class ExportRequest:
             repeats=self.repeats,
             threads=self.threads,
             thresholds=thresholds_with(self.max_drop, self.thresholds),
+            expected_top1=self.expect_top1 if self.certifies else None,
         )
 
     def judges(self, source: LoadedModel) -> Judges | None:

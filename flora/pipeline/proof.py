@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from export.runners import Runner
 from export.runtimes import open_runner, precision_of_products, runtime_called
 from export.thresholds import Thresholds
 from export.torch_runner import TorchRunner
-from export.verify import Stage, VerifyReport, verify
+from export.verify import Stage, StageReport, VerifyReport, verify
 from flora.lowrank.checkpoint import LoadedModel
 from flora.lowrank.targets import trace_cost
 
@@ -77,13 +77,17 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How files are run: at the smallest and the usual batch; at the usual one their time is taken so often."""
+    """How files are run: at the smallest and the usual batch; at the usual one their time is taken so often.
+
+    `expected_top1` in percent is what the first model is known to reach.
+    """
 
     smallest: int
     usual: int
     repeats: int
     threads: int | None
     thresholds: dict[str, Thresholds]
+    expected_top1: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,7 @@ def prove(
         for one in timed:
             runners[one.onnx_name] = opened.enter_context(_open(one, folder, protocol))
             golden_logits[one.path] = runners[one.onnx_name](first_images)
+        stages[0] = replace(stages[0], expected_top1=protocol.expected_top1)
         report = verify(
             stages,
             images,
@@ -235,9 +240,14 @@ def onnx_entry(
 
 
 def recommend(
-    entries: Sequence[ArtifactEntry], latency: Mapping[str, LatencyStats], *, factorized: bool
+    entries: Sequence[ArtifactEntry], latency: Mapping[str, LatencyStats], start: StageReport, *, factorized: bool
 ) -> tuple[str | None, str]:
-    """The fastest of the verified `entries`, and why; the yardstick when nothing beats it."""
+    """The fastest of the verified `entries`, and why; the yardstick when nothing beats it.
+
+    Nothing where the `start` of the chain, which all are compared with, fails by itself.
+    """
+    if not start.passed:
+        return None, f"{start.name}, which all is compared with, fails by itself"
     verified = [entry for entry in entries if entry.status == "verified"]
     if not verified:
         return None, "nothing passed its gate"

@@ -1,7 +1,6 @@
 """Checking a bundle, on the machine that made it or on another: files, golden outputs, accuracy. Needs no torch."""
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,13 +10,11 @@ from export.bundle import MANIFEST, ArtifactEntry, Bundle, Manifest, check_golde
 from export.runners import Runner
 from export.runtimes import open_runner
 from export.thresholds import thresholds_with
-from export.verify import Stage, VerifyReport, verify
+from export.verify import Stage, StageReport, VerifyReport, verify
 from flora.errors import GateFailedError
 from flora.pipeline.images import certified_images
 
 BATCHES = (1, 8)
-# By so many, top-1 on other images of the same kind may differ.
-STANDARD_ERRORS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +71,7 @@ def verify_bundle(
             failed = [entry for entry in runnable if entry.status == "failed"]
             problems += [f"{entry.name} failed at export: {entry.reason}" for entry in failed]
         else:
-            report = verify(_stages(runnable, runners), images, thresholds=limits)
-            problems += _problem_of_images(manifest, report, limits["lowrank"].max_drop or 0.0)
+            report = verify(_stages(manifest, runnable, runners), images, thresholds=limits)
     not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry not in runnable]
     return BundleCheck(bundle=bundle, problems=problems, not_run=not_run, report=report)
 
@@ -91,37 +87,30 @@ def _misdescribed(manifest: Manifest, runner: Runner) -> list[str]:
     ]
 
 
-def _problem_of_images(manifest: Manifest, report: VerifyReport, drop: float) -> list[str]:
-    """A line where the first model is much less often right than at export: then it is the images that differ.
-
-    All stages see the same arrays, so that a wrong normalization or order of channels makes none depart from another.
-    """
-    now = report.stages[0]
-    name = now.name.rpartition(", batch ")[0]
-    certified = "evaluation" in manifest.image_sets  # figures of selection images flatter
-    stages = manifest.verification.stages if manifest.verification and certified else []
-    before = next((stage for stage in stages if stage.name.rpartition(", batch ")[0] == name), None)
-    if before is None or before.top1 is None or now.top1 is None:
-        return []
-    error = math.hypot(before.top1_standard_error or 0.0, now.top1_standard_error or 0.0)
-    if before.top1 - now.top1 <= drop + STANDARD_ERRORS * error:
-        return []
-    return [
-        f"images: {name} is right on {now.top1:.2f} % of these and was on {before.top1:.2f} % at export. Look at how "
-        "they are preprocessed (normalization, order of channels), at their labels, and whether they are of the same "
-        "kind"
-    ]
+def _expected(manifest: Manifest, name: str) -> StageReport | None:
+    """The stage at export of what ran under this name, where it was certified: figures of selection images flatter."""
+    stages = manifest.verification.stages if manifest.verification and "evaluation" in manifest.image_sets else []
+    return next((stage for stage in stages if stage.name.rpartition(", batch ")[0] == name), None)
 
 
-def _stages(entries: list[ArtifactEntry], runners: dict[str, Runner]) -> list[Stage]:
-    """The yardstick first; every candidate against it at one batch, and against itself at another."""
+def _stages(manifest: Manifest, entries: list[ArtifactEntry], runners: dict[str, Runner]) -> list[Stage]:
+    """The yardstick first, against what it was at export; every candidate against it, and against itself."""
     stages: list[Stage] = []
     for entry in sorted(entries, key=lambda entry: entry.role != "yardstick"):
+        expected = None if stages else _expected(manifest, entry.name)
         before = stages[0].name if stages else None
         for batch, kind in zip(BATCHES, ("lowrank", entry.precision), strict=True):
             name = f"{entry.name}, batch {batch}"
             stages.append(
-                Stage(name=name, runner=runners[entry.name], batch_size=batch, kind=kind, compared_with=before)
+                Stage(
+                    name=name,
+                    runner=runners[entry.name],
+                    batch_size=batch,
+                    kind=kind,
+                    compared_with=before,
+                    expected_top1=expected.top1 if expected else None,
+                    expected_error=(expected.top1_standard_error or 0.0) if expected else 0.0,
+                )
             )
-            before = name
+            before, expected = name, None
     return stages

@@ -10,7 +10,7 @@ import pytest
 from export.images import LabelledImages
 from tests.flora_command import assert_nothing_at, assert_refused, flora, leftovers
 from tests.samples import GREY
-from tests.worked_example import QUICK
+from tests.worked_example import QUICK, write_tar
 
 
 def export(model: Path, images: object, out: Path, *more: object):
@@ -63,6 +63,22 @@ def test_a_passed_and_a_failed_export_hold_the_same_model(worked):
     passed, failed = worked.manifest, json.loads((worked.failed_bundle / "manifest.json").read_text())
     assert passed["files"]["model/model.safetensors"] == failed["files"]["model/model.safetensors"]
     assert passed["artifacts"][1]["macs"] == failed["artifacts"][1]["macs"] < passed["artifacts"][0]["macs"]
+
+
+def test_a_dense_model_that_is_less_right_than_it_is_known_to_be_fails_at_once(worked, tmp_path):
+    """The images lie under classes of another order, which no comparison of two stages can show."""
+    pixels = LabelledImages(str(worked.images), GREY)
+    classes = [(int(label) + 1) % 10 for label in pixels.labels()]
+    turned = write_tar(tmp_path / "turned.tar", [pixels[i][0] for i in range(len(pixels))], classes)
+    expecting = ("--expect-top1", 100, "--max-drop", 2)
+    outcome = export(worked.compact, turned, tmp_path / "bundle", *expecting)
+    assert outcome.code == 3
+    assert "dense, torch: top1 is 0.00 on these images, expected is 100.00. Look at how" in outcome.out
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["recommended"] is None
+    assert manifest["recommendation_reason"] == "dense, torch, which all is compared with, fails by itself"
+    right = export(worked.dense, worked.images, tmp_path / "right", *expecting)
+    assert right.code == 0, right
 
 
 @pytest.fixture(scope="module")

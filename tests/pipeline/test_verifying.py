@@ -217,7 +217,8 @@ def test_images_whose_channels_are_swapped_are_told_from_a_model_that_is_wrong(t
     assert flora("verify", tmp_path / "bundle", "--data", right, "--threads", 1).code == 0
     outcome = flora("verify", tmp_path / "bundle", "--data", swapped, "--threads", 1)
     assert outcome.code == 3
-    assert "images: dense, ONNX Runtime is right on" in outcome.out
+    assert "dense, ONNX Runtime, batch 1: top1 is " in outcome.out
+    assert "expected is 100.00" in outcome.out
     assert "order of channels" in outcome.out
 
 
