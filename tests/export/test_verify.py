@@ -283,3 +283,13 @@ def test_the_images_furthest_off_are_named_and_those_alike_are_not():
     assert report.worst[0].kl > 1
     assert _second(lambda x: x, "fp32", ArrayImages(logits)).worst == []
     assert _second(shifted, "lowrank", ArrayImages(logits)).worst[0].label is None
+
+
+@pytest.mark.parametrize(("right", "passes"), [(90, True), (80, True), (70, False)])
+def test_a_model_that_is_much_less_right_than_it_is_known_to_be_fails_by_itself(right, passes):
+    labels = np.arange(100) % 10
+    logits = np.eye(10, dtype=np.float32)[np.where(np.arange(100) < right, labels, (labels + 1) % 10)]
+    stage = Stage(name="first", runner=Changed(), batch_size=8, kind="lowrank", expected_top1=90, expected_error=0.5)
+    (report,) = verify([stage], ArrayImages(logits, labels)).stages
+    assert report.passed == passes
+    assert passes or report.failures[0].startswith("top1 is 70.00 on these images, expected is 90.00. Look at")
