@@ -13,10 +13,10 @@ from typing import Protocol, Self
 import numpy as np
 
 from flora.errors import BackendMissingError, InputError
+from flora.onnxsessions import onnxruntime_module, session_options
 
 CPU = "CPUExecutionProvider"
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-FATAL_ONLY = 4
 CUDA = "CUDAExecutionProvider"
 # FP32 is what is said, so it is what is computed: without this, products on a GPU are rounded to 10 bits.
 PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}
@@ -93,7 +93,9 @@ class OnnxRunner:
             return partial(self, images)
         _check_images(images, self._input, self.path)
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input(self._input.name, _onnxruntime().OrtValue.ortvalue_from_numpy(images, "cuda", 0))
+        binding.bind_ortvalue_input(
+            self._input.name, onnxruntime_module().OrtValue.ortvalue_from_numpy(images, "cuda", 0)
+        )
         binding.bind_output(self._session.get_outputs()[0].name, "cuda")
 
         def run() -> None:
@@ -104,7 +106,7 @@ class OnnxRunner:
 
 
 def _session(path: Path, options, providers: list[str]):
-    onnxruntime = _onnxruntime()
+    onnxruntime = onnxruntime_module()
     if not path.is_file():
         raise InputError(f"{path} does not exist; give an ONNX file.")
     if unknown := [name for name in providers if name not in onnxruntime.get_available_providers()]:
@@ -131,31 +133,10 @@ def _session(path: Path, options, providers: list[str]):
         raise InputError(f"{path} is no ONNX file that can run here ({error}); export or copy it again.") from error
 
 
-def session_options(threads: int | None, *, as_written: bool = False):
-    """Options of ONNX Runtime for so many threads, as many as it likes for None; `as_written` it changes no graph."""
-    options = _onnxruntime().SessionOptions()
-    options.log_severity_level = FATAL_ONLY
-    if as_written:
-        options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-    return options
-
-
 def openvino_config(precision: str, threads: int | None) -> dict[str, str]:
     """How OpenVINO is to compile a model for the CPU."""
     config = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
     return config if threads is None else config | {"INFERENCE_NUM_THREADS": str(threads)}
-
-
-def _onnxruntime():
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendMissingError(
-            f"onnxruntime is not installed or does not load ({error}). Run: pip install 'flora-vit[cpu]'"
-        ) from error
-    return onnxruntime
 
 
 def _check_images(images: np.ndarray, declared, path: Path) -> None:
