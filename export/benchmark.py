@@ -63,16 +63,17 @@ class LatencyStats(BaseModel):
 def paired_latency(runners: Mapping[str, Runner], images: np.ndarray, *, repeats: int) -> dict[str, LatencyStats]:
     """Time each runner on `images` [B, C, H, W], which on a GPU lie there already; the first is compared with.
 
-    Each at least `repeats` times once all are steady, for which as many again are waited.
+    Each at least `repeats` times once all are steady, for which as many again are waited; right before each timed run
+    is one that is not.
     """
     if not runners or len(images) == 0:
         raise InputError(f"Nothing to time: {len(runners)} runners and {len(images)} images; give one of each.")
     if repeats < 1:
         raise InputError(f"At least 1 repeat is needed, got {repeats}.")
     calls = [runner.bind(images) for runner in runners.values()]
-    times_ms = repeated_ms(calls, enough=lambda ms: ms.shape[1] >= repeats, most_repeats=2 * repeats).ms
+    times = repeated_ms(calls, enough=lambda ms: ms.shape[1] >= repeats, most_repeats=2 * repeats, leads=1)
     return {
-        name: LatencyStats.of(times_ms[index], times_ms[0], batch_size=len(images))
+        name: LatencyStats.of(times.ms[index], times.ms[0], batch_size=len(images))
         for index, name in enumerate(runners)
     }
 

@@ -57,12 +57,14 @@ def repeated_ms(
     enough: Callable[[np.ndarray], bool],
     most_repeats: float = math.inf,
     seconds: float = math.inf,
+    leads: int = 0,
     seed: int = 0,
 ) -> Times:
     """Time `calls` interleaved until they are steady and `enough` of the milliseconds [calls, repeats] since then.
 
     Ends after `most_repeats` or `seconds` at the latest, and never before two windows. The first run of each call, in
-    which runtimes allocate and compile, is not timed.
+    which runtimes allocate and compile, is not timed. `leads` are runs of a call right before each that is timed: with
+    them caches hold what it needs, as when nothing else runs.
     """
     for call in calls:
         call()
@@ -73,7 +75,7 @@ def repeated_ms(
         while True:
             missing = 2 * WINDOW - times_ms.shape[1]
             block = max(missing, 1, times_ms.shape[1] // 10)
-            times_ms = np.concatenate([times_ms, interleaved_ms(calls, repeats=block, draw=draw)], axis=1)
+            times_ms = np.concatenate([times_ms, interleaved_ms(calls, repeats=block, draw=draw, leads=leads)], axis=1)
             first = steady_from(times_ms)
             if first is not None and enough(times_ms[:, first:]):
                 break
@@ -83,11 +85,13 @@ def repeated_ms(
     return Times(ms=times_ms[:, discarded:], discarded=discarded, steady=first is not None)
 
 
-def interleaved_ms(calls: Sequence[Call], *, repeats: int, draw: np.random.Generator) -> np.ndarray:
-    """Milliseconds of each call in each repeat, [calls, repeats]; a repeat makes all calls once, in a drawn order."""
+def interleaved_ms(calls: Sequence[Call], *, repeats: int, draw: np.random.Generator, leads: int = 0) -> np.ndarray:
+    """Milliseconds of each call in each repeat, [calls, repeats]; a repeat times all calls once, in a drawn order."""
     times_ms = np.empty((len(calls), repeats))
     for repeat in range(repeats):
         for index in draw.permutation(len(calls)):
+            for _ in range(leads):
+                calls[index]()
             start = time.perf_counter_ns()
             calls[index]()
             times_ms[index, repeat] = max(1, time.perf_counter_ns() - start) / 1e6

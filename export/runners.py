@@ -12,11 +12,16 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from export.inputs import ImageInput
 from flora.errors import BackendMissingError, InputError
 from flora.onnxsessions import onnxruntime_module, session_options
 
 CPU = "CPUExecutionProvider"
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+NUMPY_TYPES: dict[str, type[np.floating]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
 CUDA = "CUDAExecutionProvider"
 # FP32 is what is said, so it is what is computed: without this, products on a GPU are rounded to 10 bits.
 PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}
@@ -71,7 +76,9 @@ class OnnxRunner:
         if len(inputs) != 1 or inputs[0].type not in NUMPY_TYPES:
             found = ", ".join(f"{value.name}: {value.type}" for value in inputs)
             raise InputError(f"{self.path} takes {found}; one floating-point image input is expected.")
-        self._input = inputs[0]
+        self._input = inputs[0].name
+        shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
+        self._takes = ImageInput(dtype=NUMPY_TYPES[inputs[0].type], shape=shape)
 
     def __enter__(self) -> Self:
         return self
@@ -84,18 +91,17 @@ class OnnxRunner:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         if self._session is None:
             raise InputError(f"The runner of {self.path} is closed; open a new one.")
-        _check_images(images, self._input, self.path)
-        return self._session.run(None, {self._input.name: images})[0]
+        self._takes.check(images, str(self.path))
+        return self._session.run(None, {self._input: images})[0]
 
     def bind(self, images: np.ndarray) -> Callable[[], object]:
         """A call that runs `images` and waits; on a GPU they lie there already, and what comes out stays."""
         if self.provider == CPU:
             return partial(self, images)
-        _check_images(images, self._input, self.path)
+        self._takes.check(images, str(self.path))
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input(
-            self._input.name, onnxruntime_module().OrtValue.ortvalue_from_numpy(images, "cuda", 0)
-        )
+        on_gpu = onnxruntime_module().OrtValue.ortvalue_from_numpy(images, "cuda", 0)
+        binding.bind_ortvalue_input(self._input, on_gpu)
         binding.bind_output(self._session.get_outputs()[0].name, "cuda")
 
         def run() -> None:
@@ -139,21 +145,6 @@ def openvino_config(precision: str, threads: int | None) -> dict[str, str]:
     return config if threads is None else config | {"INFERENCE_NUM_THREADS": str(threads)}
 
 
-def _check_images(images: np.ndarray, declared, path: Path) -> None:
-    """Hold the array against the graph's input before the runtime sees it."""
-    expected = NUMPY_TYPES[declared.type]
-    shape = [size if isinstance(size, int) else None for size in declared.shape]
-    fits = len(shape) == images.ndim and all(
-        size in (None, given) for size, given in zip(shape, images.shape, strict=True)
-    )
-    if not fits or images.dtype != expected or len(images) == 0:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InputError(
-            f"{path} takes {np.dtype(expected).name} images of shape [{wanted}], got {images.dtype} "
-            f"{list(images.shape)}; preprocess the images with the settings of this model."
-        )
-
-
 class OpenVinoRunner:
     """Runs an ONNX file on OpenVINO, on the CPU; `precision` is the one to compute in, which is BF16 unless said."""
 
@@ -174,6 +165,12 @@ class OpenVinoRunner:
             self._compiled = openvino.Core().compile_model(str(self.path), "CPU", openvino_config(precision, threads))
         except RuntimeError as error:
             raise InputError(f"{path} is no ONNX file that OpenVINO can run here ({error}).") from error
+        inputs = self._compiled.inputs
+        if len(inputs) != 1 or inputs[0].get_element_type().to_dtype() not in NUMPY_TYPES.values():
+            found = ", ".join(f"{one.get_any_name()}: {one.get_element_type().get_type_name()}" for one in inputs)
+            raise InputError(f"{self.path} takes {found}; one floating-point image input is expected.")
+        shape = tuple(size.get_length() if size.is_static else None for size in inputs[0].get_partial_shape())
+        self._takes = ImageInput(dtype=inputs[0].get_element_type().to_dtype().type, shape=shape)
         self._request = self._compiled.create_infer_request()
         used = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if used != OPENVINO_PRECISIONS[precision]:
@@ -194,6 +191,7 @@ class OpenVinoRunner:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         if self._request is None:
             raise InputError(f"The runner of {self.path} is closed; open a new one.")
+        self._takes.check(images, str(self.path))
         return self._request.infer([images], share_inputs=True)[0]
 
     def bind(self, images: np.ndarray) -> Callable[[], object]:

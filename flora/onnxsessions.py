@@ -29,6 +29,8 @@ def session_options(threads: int | None, *, as_written: bool = False) -> Any:
     options.log_severity_level = FATAL_ONLY
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Threads that spin after a run, waiting for the next, take time from whatever runs meanwhile.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
     return options

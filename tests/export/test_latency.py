@@ -99,6 +99,19 @@ def test_each_repeat_times_every_call_once_in_an_order_drawn_anew(clock):
     assert len(set(rounds)) == 6
 
 
+def test_a_lead_runs_right_before_each_timed_run_and_is_not_timed(clock):
+    order: list[str] = []
+
+    def call(name: str):
+        turn = clock.call(50.0, 4.0, before=(900.0,))
+        return lambda: (order.append(name), turn())
+
+    times = repeated_ms([call("a"), call("b")], enough=lambda ms: True, leads=1)
+    assert times.ms.tolist() == [[4.0] * 2 * WINDOW] * 2
+    pairs = list(zip(order[2::2], order[3::2], strict=True))
+    assert all(lead == timed for lead, timed in pairs)
+
+
 @pytest.mark.parametrize("count", [6, 9, 10, 31, 100, 2000])
 def test_the_interval_of_a_median_holds_it_in_95_of_100_cases_and_is_no_wider(count):
     low, high = median_interval(np.arange(1.0, count + 1))
