@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 
 from flora.errors import InputError
-
-FATAL_ONLY = 4
+from flora.onnxsessions import onnxruntime_module, session_options
 
 
 def check_not_quantized(path: Path) -> None:
@@ -24,12 +22,7 @@ def open_session(
 
     `as_written`, each node is run by itself: no quantized product then overflows in a kernel of this processor.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY
-    if as_written:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options = session_options(threads, as_written=as_written)
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime_module().InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,79 +1,82 @@
-"""Latency of several runners, measured in pairs: interleaved in one process, so that drift hits them all alike.
+"""Latency of several runners, measured in pairs: what is compared is the median of the ratios within repeats.
 
-In each repeat every runner is timed once, in an order drawn anew, so that none always follows the same other. What is
-compared is the median of the ratios within repeats, not the ratio of two medians taken at different times.
+Not the ratio of two medians, which are of different moments.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from export.latency import median_interval, repeated_ms, spread_of
 from export.runners import Runner
 from flora.errors import InputError
 
 
 class LatencyStats(BaseModel):
-    """Latency of one batch; `ratio` is the median of this runner's time over the first runner's in the same repeat."""
+    """Latency of one batch, in milliseconds, and the images that it computes in a second.
+
+    A percentile that no repeat lies beyond is None: 10 repeats have a p90, 100 a p99. `spread` is half the 95 %
+    interval of the median, relative to it. `ratio` is the median of this runner's time over the first runner's in the
+    same repeat, and `ratio_interval` its 95 % interval. Fewer than 6 repeats have no interval.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     median_ms: float
-    p10_ms: float
-    p90_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
+    spread: float | None
+    images_per_s: float
+    ratio: float
+    ratio_interval: tuple[float, float] | None
     repeats: int
     batch_size: int
-    ratio: float
+
+    @classmethod
+    def of(cls, times_ms: np.ndarray, first_ms: np.ndarray, *, batch_size: int) -> Self:
+        """From the milliseconds of this runner and of the first one in the same repeats."""
+        ratios = times_ms / first_ms
+        median_ms = float(np.median(times_ms))
+        return cls(
+            median_ms=median_ms,
+            p90_ms=_percentile(times_ms, 90),
+            p99_ms=_percentile(times_ms, 99),
+            spread=spread_of(times_ms),
+            images_per_s=batch_size * 1000 / median_ms,
+            ratio=float(np.median(ratios)),
+            ratio_interval=median_interval(ratios),
+            repeats=len(times_ms),
+            batch_size=batch_size,
+        )
+
+    @property
+    def ratio_spread(self) -> float | None:
+        """Half the interval of the ratio, relative to it."""
+        if self.ratio_interval is None:
+            return None
+        low, high = self.ratio_interval
+        return (high - low) / 2 / self.ratio
 
 
-def paired_latency(
-    runners: Mapping[str, Runner],
-    images: np.ndarray,
-    *,
-    repeats: int = 30,
-    warmup: int = 3,
-) -> dict[str, LatencyStats]:
-    """Time each runner on `images` [B, C, H, W], which on a GPU lie there already; the first is compared with."""
+def paired_latency(runners: Mapping[str, Runner], images: np.ndarray, *, repeats: int) -> dict[str, LatencyStats]:
+    """Time each runner on `images` [B, C, H, W], which on a GPU lie there already; the first is compared with.
+
+    Each at least `repeats` times once all are steady, for which as many again are waited; right before each timed run
+    is one that is not.
+    """
     if not runners or len(images) == 0:
         raise InputError(f"Nothing to time: {len(runners)} runners and {len(images)} images; give one of each.")
-    if repeats < 1 or warmup < 0:
-        raise InputError(f"At least 1 repeat and 0 warm-up rounds are needed, got {repeats} and {warmup}.")
+    if repeats < 1:
+        raise InputError(f"At least 1 repeat is needed, got {repeats}.")
     calls = [runner.bind(images) for runner in runners.values()]
-    times_ms = interleaved_ms(calls, repeats=repeats, warmup=warmup)
-    ratios = times_ms / times_ms[0]
+    times = repeated_ms(calls, enough=lambda ms: ms.shape[1] >= repeats, most_repeats=2 * repeats, leads=1)
     return {
-        name: _stats(times_ms[index], ratio=float(np.median(ratios[index])), batch_size=len(images))
+        name: LatencyStats.of(times.ms[index], times.ms[0], batch_size=len(images))
         for index, name in enumerate(runners)
     }
 
 
-def interleaved_ms(calls: Sequence[Callable[[], object]], *, repeats: int, warmup: int, seed: int = 0) -> np.ndarray:
-    """Milliseconds of each call in each repeat, [calls, repeats]; a repeat makes all calls once, in a drawn order."""
-    for _ in range(warmup):
-        for call in calls:
-            call()
-    times_ms = np.empty((len(calls), repeats))
-    draw = np.random.default_rng(seed)
-    for repeat in range(repeats):
-        for index in draw.permutation(len(calls)):
-            times_ms[index, repeat] = _timed_ms(calls[index])
-    return times_ms
-
-
-def _timed_ms(call: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
-    call()
-    return max(1, time.perf_counter_ns() - start) / 1e6
-
-
-def _stats(times_ms: np.ndarray, *, ratio: float, batch_size: int) -> LatencyStats:
-    p10, median, p90 = np.quantile(times_ms, (0.1, 0.5, 0.9))
-    return LatencyStats(
-        median_ms=float(median),
-        p10_ms=float(p10),
-        p90_ms=float(p90),
-        repeats=len(times_ms),
-        batch_size=batch_size,
-        ratio=ratio,
-    )
+def _percentile(times_ms: np.ndarray, percent: int) -> float | None:
+    return float(np.percentile(times_ms, percent)) if len(times_ms) * (100 - percent) >= 100 else None

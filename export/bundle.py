@@ -24,12 +24,13 @@ from export.runtimes import ORT_CPU
 from export.thresholds import THRESHOLDS, Thresholds
 from export.verify import VerifyReport
 from flora.artifact import Document, new_file, sha256_of_file
-from flora.errors import InputError, few, near_matches
+from flora.errors import GateFailedError, InputError, few, near_matches
 from flora.imagesets import ImageSetRecord
 from flora.preprocessing import Preprocessing
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
+MODEL_FOLDER = "model"
 LOGITS = "logits/"
 
 Status = Literal["verified", "failed", "built, not run"]
@@ -208,6 +209,14 @@ def check_hashes(bundle: Bundle) -> list[str]:
     missing = [f"{name} is missing" for name in recorded if name not in found]
     unexpected = [f"{name} is not part of the bundle" for name in found if name not in recorded]
     return altered + missing + unexpected
+
+
+def check_unaltered(bundle: Bundle) -> None:
+    """Raise `GateFailedError` unless every file is as it was exported: nothing of another bundle is to be run."""
+    if problems := check_hashes(bundle):
+        raise GateFailedError(
+            f"{bundle.folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run."
+        )
 
 
 def write_golden(path: Path, images: np.ndarray, logits: Mapping[str, np.ndarray]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from export.runners import PROVIDER_OPTIONS, openvino_config, session_options
+from export.runners import PROVIDER_OPTIONS, openvino_config
+from flora.onnxsessions import onnxruntime_module, session_options
 
 # The words of ONNX Runtime, OpenVINO and TensorRT; what is not here keeps the runtime's own.
 PRECISIONS = {
@@ -49,13 +50,11 @@ class Kernel:
 
 def kernels_of_onnxruntime(path: Path, provider: str, images: np.ndarray, *, threads: int | None) -> list[Kernel]:
     """Each node of the optimized graph with the median of its times; `images` are run a few times."""
-    import onnxruntime
-
     options = session_options(threads)
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as scratch:
         options.profile_file_prefix = str(Path(scratch) / "profile")
-        session = onnxruntime.InferenceSession(
+        session = onnxruntime_module().InferenceSession(
             path, options, providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))]
         )
         for _ in range(1 + RUNS):

@@ -12,11 +12,16 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from export.inputs import ImageInput
 from flora.errors import BackendMissingError, InputError
+from flora.onnxsessions import onnxruntime_module, session_options
 
 CPU = "CPUExecutionProvider"
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-FATAL_ONLY = 4
+NUMPY_TYPES: dict[str, type[np.floating]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
 CUDA = "CUDAExecutionProvider"
 # FP32 is what is said, so it is what is computed: without this, products on a GPU are rounded to 10 bits.
 PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}
@@ -76,7 +81,9 @@ class OnnxRunner:
         if len(inputs) != 1 or inputs[0].type not in NUMPY_TYPES:
             found = ", ".join(f"{value.name}: {value.type}" for value in inputs)
             raise InputError(f"{self.path} takes {found}; one floating-point image input is expected.")
-        self._input = inputs[0]
+        self._input = inputs[0].name
+        shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
+        self._takes = ImageInput(dtype=NUMPY_TYPES[inputs[0].type], shape=shape)
 
     def __enter__(self) -> Self:
         return self
@@ -89,16 +96,17 @@ class OnnxRunner:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         if self._session is None:
             raise InputError(f"The runner of {self.path} is closed; open a new one.")
-        _check_images(images, self._input, self.path)
-        return self._session.run(None, {self._input.name: images})[0]
+        self._takes.check(images, str(self.path))
+        return self._session.run(None, {self._input: images})[0]
 
     def bind(self, images: np.ndarray) -> Callable[[], object]:
         """A call that runs `images` and waits; on a GPU they lie there already, and what comes out stays."""
         if self.provider == CPU:
             return partial(self, images)
-        _check_images(images, self._input, self.path)
+        self._takes.check(images, str(self.path))
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input(self._input.name, _onnxruntime().OrtValue.ortvalue_from_numpy(images, "cuda", 0))
+        on_gpu = onnxruntime_module().OrtValue.ortvalue_from_numpy(images, "cuda", 0)
+        binding.bind_ortvalue_input(self._input, on_gpu)
         binding.bind_output(self._session.get_outputs()[0].name, "cuda")
 
         def run() -> None:
@@ -109,7 +117,7 @@ class OnnxRunner:
 
 
 def _session(path: Path, options, providers: list[str]):
-    onnxruntime = _onnxruntime()
+    onnxruntime = onnxruntime_module()
     if not path.is_file():
         raise InputError(f"{path} does not exist; give an ONNX file.")
     if unknown := [name for name in providers if name not in onnxruntime.get_available_providers()]:
@@ -136,46 +144,10 @@ def _session(path: Path, options, providers: list[str]):
         raise InputError(f"{path} is no ONNX file that can run here ({error}); export or copy it again.") from error
 
 
-def session_options(threads: int | None, *, as_written: bool = False):
-    """Options of ONNX Runtime for so many threads, as many as it likes for None; `as_written` it changes no graph."""
-    options = _onnxruntime().SessionOptions()
-    options.log_severity_level = FATAL_ONLY
-    if as_written:
-        options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-    return options
-
-
 def openvino_config(precision: str, threads: int | None) -> dict[str, str]:
     """How OpenVINO is to compile a model for the CPU."""
     config = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
     return config if threads is None else config | {"INFERENCE_NUM_THREADS": str(threads)}
-
-
-def _onnxruntime():
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendMissingError(
-            f"onnxruntime is not installed or does not load ({error}). Run: pip install 'flora-vit[cpu]'"
-        ) from error
-    return onnxruntime
-
-
-def _check_images(images: np.ndarray, declared, path: Path) -> None:
-    """Hold the array against the graph's input before the runtime sees it."""
-    expected = NUMPY_TYPES[declared.type]
-    shape = [size if isinstance(size, int) else None for size in declared.shape]
-    fits = len(shape) == images.ndim and all(
-        size in (None, given) for size, given in zip(shape, images.shape, strict=True)
-    )
-    if not fits or images.dtype != expected or len(images) == 0:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InputError(
-            f"{path} takes {np.dtype(expected).name} images of shape [{wanted}], got {images.dtype} "
-            f"{list(images.shape)}; preprocess the images with the settings of this model."
-        )
 
 
 class OpenVinoRunner:
@@ -200,6 +172,12 @@ class OpenVinoRunner:
             self._compiled = core.compile_model(model, "CPU", openvino_config(precision, threads))
         except RuntimeError as error:
             raise InputError(f"{path} is no ONNX file that OpenVINO can run here ({error}).") from error
+        inputs = self._compiled.inputs
+        if len(inputs) != 1 or inputs[0].get_element_type().to_dtype() not in NUMPY_TYPES.values():
+            found = ", ".join(f"{one.get_any_name()}: {one.get_element_type().get_type_name()}" for one in inputs)
+            raise InputError(f"{self.path} takes {found}; one floating-point image input is expected.")
+        shape = tuple(size.get_length() if size.is_static else None for size in inputs[0].get_partial_shape())
+        self._takes = ImageInput(dtype=inputs[0].get_element_type().to_dtype().type, shape=shape)
         self._request = self._compiled.create_infer_request()
         noted = model.get_rt_info()
         self.described: Mapping[str, str] = (
@@ -224,6 +202,7 @@ class OpenVinoRunner:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         if self._request is None:
             raise InputError(f"The runner of {self.path} is closed; open a new one.")
+        self._takes.check(images, str(self.path))
         return self._request.infer([images], share_inputs=True)[0]
 
     def bind(self, images: np.ndarray) -> Callable[[], object]:

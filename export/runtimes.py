@@ -10,7 +10,7 @@ from flora.errors import BackendMissingError, InputError, near_matches
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """`label` is for tables; `precisions` are those that a model's layers can be timed in.
+    """`label` is for tables; `precisions` are those that a model's layers can be timed in, none where they cannot be.
 
     What `loads_onnx` can verify and measure the ONNX files of a bundle; `files` are the precisions of those that it
     runs, `worthwhile` those that can be faster than FP32 there, `only_shown` those that it has no kernels for and
@@ -31,6 +31,8 @@ class Runtime:
 
 
 ORT_CPU, TENSORRT, TORCH, TORCH_CUDA = "ort-cpu", "tensorrt", "torch", "torch-cuda"
+TORCH_COMPILED, TORCH_CUDA_COMPILED = "torch-compiled", "torch-cuda-compiled"
+TORCH_RUNTIMES = (TORCH, TORCH_COMPILED, TORCH_CUDA, TORCH_CUDA_COMPILED)
 RUNTIMES = {
     ORT_CPU: Runtime(
         label="ONNX Runtime",
@@ -57,7 +59,9 @@ RUNTIMES = {
     ),
     TENSORRT: Runtime(label="TensorRT", packages=("tensorrt",), precisions=("fp32", "int8"), on_gpu=True),
     TORCH: Runtime(label="torch", packages=("torch",), precisions=("fp32", "bf16")),
+    TORCH_COMPILED: Runtime(label="torch compiled", packages=("torch",), precisions=()),
     TORCH_CUDA: Runtime(label="torch on CUDA", packages=("torch",), precisions=("fp32", "fp16", "bf16"), on_gpu=True),
+    TORCH_CUDA_COMPILED: Runtime(label="torch compiled on CUDA", packages=("torch",), precisions=(), on_gpu=True),
 }
 
 

@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BOTTOM = {
     f"flora.{name}"
-    for name in ("errors", "artifact", "preprocessing", "imagesets", "onnxfiles", "provenance", "resume")
+    for name in (
+        "errors",
+        "artifact",
+        "preprocessing",
+        "imagesets",
+        "onnxfiles",
+        "onnxsessions",
+        "provenance",
+        "resume",
+    )
 }
 PACKAGES = ("flora.cli", "flora.pipeline", "flora.training", "flora.lowrank", "flora.ranks", "export", "calibrate")
 SIBLING = {"flora.training", "flora.lowrank", "flora.ranks", *BOTTOM}

@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from quantized.files import FORMS, SIZE, Fashion, noise, random_fp32, random_int8
 
 from export.attestation import attest
-from export.benchmark import interleaved_ms
+from export.latency import interleaved_ms
 from export.runtimes import open_runner
 
 RUNTIMES = ("ort-cpu", "openvino")
@@ -67,7 +68,9 @@ def _times(files: Files, batch: int, size: tuple[int, int, int], repeats: int) -
             opened.enter_context(open_runner(runtime, path, threads=1)).bind(images)
             for (runtime, _), path in files.items()
         ]
-        times = interleaved_ms(calls, repeats=repeats, warmup=WARMUP)
+        draw = np.random.default_rng(0)
+        interleaved_ms(calls, repeats=WARMUP, draw=draw)
+        times = interleaved_ms(calls, repeats=repeats, draw=draw)
     return {
         f"{runtime}, {what}": [round(float(ms), 4) for ms in line]
         for (runtime, what), line in zip(files, times, strict=True)

@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "Quantize an ONNX file, the way that costs least.",
     "sensitivity": "Measure how far each layer alone in INT8 moves the logits.",
     "verify": "Check a bundle: files, golden outputs and, given images, accuracy.",
+    "bench": "Time the artefacts of a bundle together: latency, throughput, memory.",
     "eval": "Measure the accuracy of a model on labelled images.",
 }
 # Where a name is none of a module: a keyword of Python, or with a hyphen in it.

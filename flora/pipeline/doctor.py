@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from flora.errors import BackendMissingError, FloraError
+from flora.onnxsessions import onnxruntime_module, session_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,13 @@ def _cuda() -> str:
 def _onnxruntime_provider(provider: str) -> Callable[[], str]:
     def probe() -> str:
         import numpy as np
-        import onnxruntime
         from onnx import TensorProto, helper
 
         node = helper.make_node("Relu", ["x"], ["y"])
         values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
         graph = helper.make_graph([node], "probe", values[:1], values[1:])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
+        onnxruntime, options = onnxruntime_module(), session_options(None)
         if provider not in onnxruntime.get_available_providers():
             raise BackendMissingError(f"onnxruntime {onnxruntime.__version__} was built without {provider}")
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])

@@ -12,7 +12,17 @@ from torch import nn
 
 from calibrate.half import BeyondRangeError
 from export.attestation import attest
-from export.bundle import GOLDEN, MANIFEST, ArtifactEntry, Bundle, Manifest, Status, hash_files, load_bundle
+from export.bundle import (
+    GOLDEN,
+    MANIFEST,
+    MODEL_FOLDER,
+    ArtifactEntry,
+    Bundle,
+    Manifest,
+    Status,
+    hash_files,
+    load_bundle,
+)
 from export.images import ChoosableImages
 from export.onnx import onnx_from_module
 from export.pictures import write_pictures
@@ -49,8 +59,6 @@ from flora.pipeline.proof import Exported, Proof, onnx_entry, prove, recommend
 from flora.provenance import device_facts, gpu_facts, now, versions
 from flora.resume import SETTINGS, Job
 from flora.training.data import TimmImages
-
-MODEL_FOLDER = "model"
 
 
 def load_exportable(path: Path, ranks: Path | None = None) -> LoadedModel:

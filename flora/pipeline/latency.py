@@ -53,6 +53,8 @@ class LatencyRequest:
 
     def __post_init__(self) -> None:
         allowed = runtime_called(self.runtime).precisions
+        if not allowed:
+            raise InputError(f"Single layers are not measured on {self.runtime}; flora bench times whole models on it.")
         if not self.precisions or not set(self.precisions) <= set(allowed):
             given = ", ".join(self.precisions) or "none"
             raise InputError(f"{self.runtime} is measured in {' and '.join(allowed)}, given: {given}.")

@@ -136,7 +136,8 @@ def prove(
             runners[one.onnx_name] = onnx_runner
             torch_runner = None
             if one.precision == "fp32" and in_torch:
-                torch_runner = opened.enter_context(TorchRunner(one.model.module, name=one.torch_name))
+                size = one.model.config.preprocessing.input_size
+                torch_runner = opened.enter_context(TorchRunner(one.model.module, name=one.torch_name, input_size=size))
                 runners[one.torch_name] = torch_runner
             golden_logits[one.path] = (torch_runner or onnx_runner)(first_images)
             first = stages[0].name if stages else None

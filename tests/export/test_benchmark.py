@@ -1,4 +1,4 @@
-"""Latency is compared within repeats, in a rotating order, on a clock that the test turns."""
+"""Latency is compared within repeats, and percentiles are given where there are repeats for them."""
 
 import time
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from export.benchmark import paired_latency
+from export.benchmark import LatencyStats, paired_latency
 from flora.errors import InputError
 
 IMAGES = np.zeros((4, 1, 2, 2), dtype=np.float32)
@@ -37,28 +37,54 @@ def clock(monkeypatch) -> Clock:
 
 
 def test_figures_are_milliseconds_of_one_batch(clock):
-    stats = paired_latency({"slow": clock.runner("slow", 30), "fast": clock.runner("fast", 12)}, IMAGES, repeats=7)
-    assert (stats["slow"].median_ms, stats["slow"].ratio) == (30, 1)
-    assert (stats["fast"].p10_ms, stats["fast"].p90_ms, stats["fast"].ratio) == (12, 12, 0.4)
-    assert (stats["fast"].repeats, stats["fast"].batch_size) == (7, 4)
+    stats = paired_latency({"slow": clock.runner("slow", 30), "fast": clock.runner("fast", 12)}, IMAGES, repeats=17)
+    slow, fast = stats["slow"], stats["fast"]
+    assert (slow.median_ms, slow.ratio, slow.spread) == (30, 1, 0)
+    assert (fast.median_ms, fast.p90_ms, fast.ratio, fast.ratio_interval) == (12, 12, 0.4, (0.4, 0.4))
+    assert (fast.repeats, fast.batch_size) == (17, 4)
+    assert fast.images_per_s == pytest.approx(4 / 0.012)
 
 
 def test_drift_that_hits_all_alike_leaves_the_ratio(clock):
     runners = {name: clock.runner(name, time_ms, slowing=0.5) for name, time_ms in (("a", 10), ("b", 5))}
-    stats = paired_latency(runners, IMAGES, repeats=9, warmup=0)
+    stats = paired_latency(runners, IMAGES, repeats=15)
     assert stats["b"].ratio == pytest.approx(0.5)
-    assert stats["a"].p90_ms > 1.5 * stats["a"].p10_ms
+    assert stats["b"].ratio_spread == pytest.approx(0, abs=1e-9)
+    assert stats["a"].spread > 0.1
 
 
-def test_each_repeat_times_every_runner_once_in_an_order_drawn_anew(clock):
-    paired_latency({name: clock.runner(name, 1) for name in "abc"}, IMAGES, repeats=30, warmup=1)
-    rounds = ["".join(clock.calls[start : start + 3]) for start in range(0, len(clock.calls), 3)]
-    assert len(rounds) == 31
-    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
-    assert len(set(rounds)) == 6
+def test_percentiles_are_those_of_numpy_and_the_ratio_is_that_within_repeats():
+    rng = np.random.default_rng(0)
+    first = rng.lognormal(0, 1, 400)
+    times_ms = 0.7 * first * rng.lognormal(0, 0.01, 400)
+    stats = LatencyStats.of(times_ms, first, batch_size=2)
+    assert (stats.median_ms, stats.p90_ms, stats.p99_ms) == tuple(np.percentile(times_ms, (50, 90, 99)))
+    assert stats.ratio == np.median(times_ms / first) == pytest.approx(0.7, rel=0.01)
+    low, high = stats.ratio_interval
+    assert low < stats.ratio < high
+    assert stats.ratio_spread < 0.01 < stats.spread
 
 
-@pytest.mark.parametrize("arguments", [{"repeats": 0}, {"warmup": -1}, {"images": IMAGES[:0]}, {"runners": {}}])
+@pytest.mark.parametrize(
+    ("repeats", "p90", "p99"), [(9, False, False), (10, True, False), (99, True, False), (100, True, True)]
+)
+def test_a_percentile_needs_a_repeat_beyond_it(repeats, p90, p99):
+    times_ms = np.arange(1.0, repeats + 1)
+    stats = LatencyStats.of(times_ms, times_ms, batch_size=1)
+    assert (stats.p90_ms is not None, stats.p99_ms is not None) == (p90, p99)
+    assert all(
+        (times_ms > percentile).sum() >= 1 for percentile in (stats.p90_ms, stats.p99_ms) if percentile is not None
+    )
+
+
+def test_few_repeats_have_a_median_and_no_interval():
+    stats = LatencyStats.of(np.array([2.0, 4.0]), np.array([4.0, 4.0]), batch_size=1)
+    assert (stats.median_ms, stats.ratio) == (3, 0.75)
+    assert (stats.spread, stats.ratio_interval, stats.ratio_spread) == (None, None, None)
+    assert LatencyStats.model_validate_json(stats.model_dump_json()) == stats
+
+
+@pytest.mark.parametrize("arguments", [{"repeats": 0}, {"images": IMAGES[:0]}, {"runners": {}}])
 def test_what_cannot_be_timed_is_refused(arguments):
     with pytest.raises(InputError, match=r"got|Nothing to time"):
-        paired_latency(**({"runners": {"a": np.copy}, "images": IMAGES} | arguments))
+        paired_latency(**({"runners": {"a": np.copy}, "images": IMAGES, "repeats": 3} | arguments))

@@ -62,7 +62,7 @@ def _manifest(files: dict[str, str], **entry) -> Manifest:
         files=files,
         artifacts=[ArtifactEntry(**(onnx_entry | entry))],
         recommended="onnx fp32",
-        latency={"onnx fp32": LatencyStats(median_ms=1, p10_ms=1, p90_ms=2, repeats=3, batch_size=4, ratio=1)},
+        latency={"onnx fp32": LatencyStats.of(np.ones(30), np.ones(30), batch_size=4)},
         image_sets={"evaluation": ImageSetRecord.of("images", 2, ["aa", "bb"])},
         created="2026-11-22T22:00:00+00:00",
     )

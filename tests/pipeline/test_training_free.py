@@ -415,9 +415,7 @@ def test_the_bundle_says_whether_the_latency_that_was_asked_for_was_measured(
     def timed(runners, images, *, repeats):
         ratios = {name: 0.8 * share if name == "factorized, ONNX Runtime" else 1.0 for name in runners}
         return {
-            name: LatencyStats(
-                median_ms=10 * ratio, p10_ms=1, p90_ms=20, repeats=repeats, batch_size=len(images), ratio=ratio
-            )
+            name: LatencyStats.of(np.full(30, 10 * ratio), np.full(30, 10.0), batch_size=len(images))
             for name, ratio in ratios.items()
         }
 
