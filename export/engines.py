@@ -148,6 +148,7 @@ def _described(error: Any) -> str:
 def _config(trt: ModuleType, builder: Any, network: Any, spec: EngineSpec) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the inspector tells precisions
+    config.clear_flag(trt.BuilderFlag.TF32)  # FP32 is what the file says, not 10 bits of it
     if spec.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_mib * MIB)
     if spec.compute_capabilities:

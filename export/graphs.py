@@ -6,6 +6,7 @@ measured with the operators that a runtime may fuse with it. Weights are random,
 
 import ast
 import itertools
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -141,11 +142,12 @@ def _products(
     """Nodes from `x` on, the last of which gives the layer's output without bias, and their random weights.
 
     One matrix [in, out], or two [in, rank] and [rank, out]; pivoted, the second is [rank, out - rank], and what both
-    give is joined. Weights are so scaled that no number overflows.
+    give is joined. Weights are so scaled that no number overflows, and no two layers have the same: what builds engines
+    keeps equal ones once.
     """
     last = out_features - rank if pivoted and rank != "dense" else out_features
     widths = [in_features, last] if rank == "dense" else [in_features, rank, last]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
     nodes, constants, flowing = [], {}, [x]
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
         constants[f"{name}.w{i}"] = (rng.standard_normal((a, b)) * a**-0.5).astype(np.float32)
