@@ -121,10 +121,10 @@ def _print(report: "BenchReport") -> None:
         [_cells(row) for row in report.rows],
         title=f"{report.model} from {report.bundle}",
     )
-    for row in dict.fromkeys((row.name, row.provider, row.precision) for row in report.rows):
-        print(f"{row[0]}: a file in {row[2]} on {row[1]}.")
+    for name, precision, provider in dict.fromkeys((row.name, row.precision, row.provider) for row in report.rows):
+        print(f"{name}: {precision}, ran on {provider}")
     for name, reason in report.left_out.items():
-        print(f"Not timed: {name}: {reason}.")
+        print(f"Not timed: {name}: {reason}")
     for key, text in (report.protocol | report.device).items():
         print(f"{key}: {text}")
     print(f"versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}")
