@@ -5,17 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flora.cli.options import json_option
+from flora.cli.options import batch_sizes, json_option
 
 if TYPE_CHECKING:
     from flora.pipeline.bench_report import BenchReport, BenchRow
-
-
-def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} are no batch sizes; write 1,8,32.") from error
 
 
 @click.command("bench")
@@ -39,7 +32,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--batch",
     "batches",
     metavar="N,N,...",
-    callback=_batches,
+    callback=batch_sizes,
     default="1,8",
     show_default=True,
     help="Batch sizes to time.",
