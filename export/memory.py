@@ -25,7 +25,7 @@ STATUS = Path("/proc/self/status")
 
 
 class PeakMemory(BaseModel):
-    """Mebibytes of a process that opened an artefact and ran batches up to this one, each a few times.
+    """Mebibytes of a process that opened (and compiled) an artefact and ran batches up to this one, each a few times.
 
     `peak_mib` is the most that was ever resident, `growth_mib` what of it came after the runtime's libraries. `gpu_mib`
     is by how much the free memory of the GPU has sunk, by whatever process.

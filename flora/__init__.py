@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "BenchRequest": "flora.pipeline.bench",
     "CompressRequest": "flora.pipeline.compress",
     "ExportRequest": "flora.pipeline.export",
     "FilterRequest": "flora.pipeline.filter",
@@ -14,6 +15,7 @@ _PUBLIC = {
     "SearchRequest": "flora.pipeline.search",
     "SearchSpace": "flora.ranks.space",
     "TrainRequest": "flora.pipeline.train",
+    "bench_bundle": "flora.pipeline.bench",
     "build": "flora.pipeline.build",
     "compress": "flora.pipeline.compress",
     "evaluate": "flora.training.evaluate",

@@ -5,17 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flora.cli.options import json_option
+from flora.cli.options import batch_sizes, json_option
 
 if TYPE_CHECKING:
     from flora.pipeline.bench_report import BenchReport, BenchRow
-
-
-def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} are no batch sizes; write 1,8,32.") from error
 
 
 @click.command("bench")
@@ -39,7 +32,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--batch",
     "batches",
     metavar="N,N,...",
-    callback=_batches,
+    callback=batch_sizes,
     default="1,8",
     show_default=True,
     help="Batch sizes to time.",
@@ -121,10 +114,10 @@ def _print(report: "BenchReport") -> None:
         [_cells(row) for row in report.rows],
         title=f"{report.model} from {report.bundle}",
     )
-    for row in dict.fromkeys((row.name, row.provider, row.precision) for row in report.rows):
-        print(f"{row[0]}: a file in {row[2]} on {row[1]}.")
+    for name, precision, provider in dict.fromkeys((row.name, row.precision, row.provider) for row in report.rows):
+        print(f"{name}: {precision}, ran on {provider}")
     for name, reason in report.left_out.items():
-        print(f"Not timed: {name}: {reason}.")
+        print(f"Not timed: {name}: {reason}")
     for key, text in (report.protocol | report.device).items():
         print(f"{key}: {text}")
     print(f"versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from flora.cli.options import (
+    batch_sizes,
     json_option,
     model_kwargs_option,
     parse_model_kwargs,
@@ -15,13 +16,6 @@ from flora.cli.options import (
 )
 
 
-def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} are no batch sizes; write 1,8,32.") from error
-
-
 @click.command("latency-table")
 @model_kwargs_option
 @click.argument("model")
@@ -30,7 +24,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--batch",
     "batches",
     metavar="N,N,...",
-    callback=_batches,
+    callback=batch_sizes,
     default="1,8",
     show_default=True,
     help="Batch sizes to measure at.",

@@ -238,6 +238,14 @@ def split_names(context: click.Context, parameter: click.Parameter, value: str |
     return tuple(part.strip() for part in value.split(",") if part.strip()) if value else ()
 
 
+def batch_sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Callback for an option that takes batch sizes separated by commas."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} are no batch sizes; write 1,8,32.") from error
+
+
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 
 

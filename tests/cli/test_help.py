@@ -136,6 +136,8 @@ USAGE = {
     "no repeats": (["export", "m", "--eval-data", "x", "--repeats", "0", "-o", "out"], "--repeats"),
     "a gate without images": (["verify", "bundle", "--max-drop", "2"], "needs --data"),
     "no images": (["eval", "model"], "--data"),
+    "batches that are none": (["bench", "bundle", "--batch", "1;8"], "write 1,8,32"),
+    "no threads to time on": (["bench", "bundle", "--threads", "0"], "--threads"),
     "no threads": (["eval", "model", "--data", "x", "--threads", "0"], "--threads"),
     "no selection images": (["filter", "net", "-o", "out"], "--select-data"),
     "no training images": (["train", "net", "-o", "out"], "--data"),

@@ -1,5 +1,6 @@
 """Runners compute what torch computes, say what really runs, and refuse what does not fit before they run it."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,14 +9,15 @@ import onnxruntime
 import pytest
 import torch
 from export_samples import random_images, tiny_model
+from torch import nn
 
-from export.runners import CPU, OnnxRunner
+from export.runners import CPU, OnnxRunner, OpenVinoRunner
 from export.torch_runner import TorchRunner
 from flora.errors import BackendMissingError, InputError
 
 TORCH_FREE = (
     *("verify", "images", "preprocessing", "runners", "bundle", "benchmark", "engines", "runtimes"),
-    "tensorrt_runner",
+    *("tensorrt_runner", "inputs", "latency", "memory"),
 )
 
 
@@ -46,12 +48,27 @@ def test_the_torch_runner_leaves_the_module_as_it_was():
     ],
     ids=["size", "rank", "dtype", "channels", "empty"],
 )
-def test_images_that_do_not_fit_are_refused_before_inference(onnx_file, images):
-    with (
-        OnnxRunner(onnx_file) as runner,
-        pytest.raises(InputError, match=r"takes float32 images of shape \[any, 1, 28, 28\], got "),
-    ):
-        runner(images)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
+def test_images_that_do_not_fit_are_refused_before_inference(onnx_file, model, runtime, images):
+    runners = {
+        "onnxruntime": lambda: OnnxRunner(onnx_file),
+        "openvino": lambda: OpenVinoRunner(onnx_file),
+        "torch": lambda: TorchRunner(model, name="model in torch", input_size=(1, 28, 28)),
+    }
+    refused = r"takes float32 images of shape \[any, 1, 28, 28\], got "
+    with runners[runtime]() as runner:
+        with pytest.raises(InputError, match=refused):
+            runner(images)
+        with pytest.raises(InputError, match=refused):
+            runner.bind(images)()
+
+
+def test_openvino_computes_what_onnx_runtime_does_in_the_precision_that_it_says(onnx_file):
+    images = random_images(3)
+    with OnnxRunner(onnx_file, threads=1) as one, OpenVinoRunner(onnx_file, threads=1) as other:
+        np.testing.assert_allclose(other(images), one(images), atol=1e-4)
+        np.testing.assert_array_equal(other.bind(images)(), other(images))
+        assert other.provider == "OpenVINO CPU, f32"
 
 
 def test_what_is_timed_is_the_run_itself(onnx_file, model):
@@ -109,6 +126,66 @@ def test_a_missing_runtime_says_what_to_install(onnx_file, monkeypatch):
 def test_a_gpu_that_is_not_there_is_refused(model):
     with pytest.raises(BackendMissingError, match="no GPU"):
         TorchRunner(model, name="torch", device="cuda")
+
+
+class Tiny(nn.Module):
+    """What compiles in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.linear(images.flatten(1)))
+
+
+class Breaking(Tiny):
+    """What torch cannot compile as one graph."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(images)
+
+
+def square_images(batch: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((batch, 1, 2, 2)).astype(np.float32)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_compiled_module_computes_what_the_eager_one_does():
+    module = Tiny()
+    with TorchRunner(module, name="compiled", compiled=True) as compiled, TorchRunner(module, name="eager") as eager:
+        for batch in (2, 5, 2):
+            np.testing.assert_allclose(compiled(square_images(batch)), eager(square_images(batch)), atol=1e-6)
+        assert compiled._forward._graphs == 2
+        assert (compiled.provider, eager.provider) == ("torch cpu, compiled by Inductor", "torch cpu")
+
+
+def test_a_silent_fall_back_to_eager_is_refused():
+    with (
+        torch.compiler.set_stance("force_eager"),
+        TorchRunner(Tiny(), name="compiled", compiled=True) as runner,
+        pytest.raises(BackendMissingError, match="built nothing and ran the model eagerly"),
+    ):
+        runner(square_images(2))
+
+
+@pytest.mark.parametrize("how", ["no compiler", "no single graph"])
+def test_what_cannot_be_compiled_says_what_to_do(monkeypatch, how):
+    from torch._inductor import cpp_builder
+
+    def no_compiler() -> None:
+        raise cpp_builder.exc.InvalidCxxCompiler
+
+    module = Breaking() if how == "no single graph" else Tiny()
+    if how == "no compiler":
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        TorchRunner(module, name="compiled", compiled=True) as runner,
+        pytest.raises(BackendMissingError, match=r"does not work here for batches of 3 .*apt-get install g\+\+"),
+    ):
+        runner(square_images(3))
 
 
 def test_serving_modules_import_and_run_without_torch(onnx_file, image_folder):

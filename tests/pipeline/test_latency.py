@@ -117,6 +117,7 @@ def test_what_is_no_table_is_not_replaced(device, model, tmp_path):
     ("changes", "message"),
     [
         ({"runtime": "ort"}, "no runtime; give one of .* Did you mean"),
+        ({"runtime": "torch-compiled"}, "not measured on torch-compiled; flora bench times whole models on it"),
         ({"precisions": ("fp16",)}, "ort-cpu is measured in fp32 and int8, given: fp16"),
         ({"batches": (0,)}, "at least 1, given: 0"),
         ({"minutes": 0}, "Minutes to measure for must be more than 0"),
