@@ -46,7 +46,10 @@ def verify_bundle(
     """
     bundle = load_bundle(folder)
     if problems := check_hashes(bundle):
-        raise GateFailedError(f"{folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run.")
+        raise GateFailedError(
+            f"{folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run; flora verify {folder} "
+            "--bisect names the first layer that differs."
+        )
     manifest = bundle.manifest
     images = None
     if data:
