@@ -46,8 +46,8 @@ def explained(first: "Departure") -> str:
         return f"{first.layer} gives what is no number."
     if first.kind == "scale":
         return (
-            f"{first.layer} quantizes {first.tensor} with a scale {first.steps_ratio:.1f} times as large as these images "
-            "need."
+            f"{first.layer} quantizes {first.tensor} with a scale {first.steps_ratio:.1f} times as large as these "
+            "images need."
         )
     if first.kind == "weights":
         return f"the weights of {first.layer} are not those of the other file ({own}{at})."

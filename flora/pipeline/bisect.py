@@ -92,7 +92,7 @@ def bisect_bundle(
     for entry in bundle.manifest.artifacts:
         if entry.kind == "onnx":
             on_step(f"comparing {entry.path}")
-            files.append(bench.fp32_file(entry) if entry.precision == "fp32" else bench.low_file(entry))
+            files.append(bench.file(entry))
     return BundleBisection(files=files, problems=check_hashes(bundle), images=len(bench.images))
 
 
@@ -114,7 +114,13 @@ class _Bench:
     images: np.ndarray
     threads: int | None
 
-    def low_file(self, entry: ArtifactEntry) -> FileBisection:
+    def file(self, entry: ArtifactEntry) -> FileBisection:
+        """What there is to say of one ONNX file."""
+        if not self.bundle.path_of(entry).is_file():
+            return self._left_out(entry, "it is missing", holds=False)
+        return self._fp32_file(entry) if entry.precision == "fp32" else self._low_file(entry)
+
+    def _low_file(self, entry: ArtifactEntry) -> FileBisection:
         """A file of lower precision against its FP32 file."""
         reference = self._fp32_of(entry)
         if reference is None:
@@ -123,14 +129,12 @@ class _Bench:
             return self._left_out(entry, f"{reference.path} is not as it was exported, so nothing is compared with it")
         return self._compared(entry, reference, suspect=entry)
 
-    def fp32_file(self, entry: ArtifactEntry) -> FileBisection:
+    def _fp32_file(self, entry: ArtifactEntry) -> FileBisection:
         """An FP32 file, which only its golden logits speak for; an altered one against a sound one made from it."""
         made = [one for one in self.bundle.manifest.artifacts if one.precision != "fp32" and self._runs(one)]
         sound = [one for one in made if self._fp32_of(one) == entry and self._is_sound(one)]
         if not self._is_sound(entry) and sound:
             return self._compared(entry, entry, suspect=min(sound, key=lambda one: one.precision != "fp16"))
-        if not (self.bundle.folder / entry.path).is_file():
-            return self._left_out(entry, "it is missing")
         if GOLDEN not in self.sound:
             return self._left_out(entry, f"there is nothing to compare it with, and {GOLDEN} is not as it was exported")
         try:
@@ -170,8 +174,9 @@ class _Bench:
         )
 
     def _left_out(self, entry: ArtifactEntry, note: str, *, holds: bool = True) -> FileBisection:
-        altered = not self._is_sound(entry)
-        return FileBisection(path=entry.path, precision=entry.precision, is_altered=altered, note=note, holds=holds)
+        altered = self.bundle.path_of(entry).is_file() and not self._is_sound(entry)
+        said = note.removesuffix(".")
+        return FileBisection(path=entry.path, precision=entry.precision, is_altered=altered, note=said, holds=holds)
 
     def _is_sound(self, entry: ArtifactEntry) -> bool:
         beside = f"{entry.path}.data"
