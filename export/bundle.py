@@ -215,7 +215,8 @@ def check_unaltered(bundle: Bundle) -> None:
     """Raise `GateFailedError` unless every file is as it was exported: nothing of another bundle is to be run."""
     if problems := check_hashes(bundle):
         raise GateFailedError(
-            f"{bundle.folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run."
+            f"{bundle.folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run; flora verify "
+            f"{bundle.folder} --bisect names the first layer that differs."
         )
 
 

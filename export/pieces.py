@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from export.cuts import FOUND, Graph, Layer, as_model, piece, taken_by
 from export.graph_runs import Run, power, run_of
-from flora.errors import InputError
+from flora.errors import InputError, few
 
 BYTES_AT_ONCE = 256 * 2**20
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -93,8 +93,15 @@ class Comparer:
         self.pieces = {name: piece_of(suspect, name, self._cuts) for name in names}
         self.seen = {name: Seen() for name in names}
         self.largest_rounded: dict[str, float] = {}
-        nodes = {layer: piece(reference, layer.made, self._cuts) for layer in layers}
-        self._nodes = nodes
+        self._nodes = nodes = {layer: piece(reference, layer.made, self._cuts) for layer in layers}
+        known = {reference.input}
+        for layer in layers:
+            known.update(layer.made)
+            if unknown := [name for name in self._takes(layer) if name not in known]:
+                raise InputError(
+                    f"{suspect.path} makes {few(layer.made)} out of {few(unknown)}, which come later in "
+                    f"{reference.path}; give two files of the same model."
+                )
         self._read_last = {
             name: position
             for position, layer in enumerate(layers)
