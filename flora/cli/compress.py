@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from flora.cli.options import (
     IMAGES_HELP,
+    default_timing_cache,
     device_option,
     fitness_option,
     generations_option,
@@ -203,6 +204,7 @@ def command(
         compare=compare,
         require=require,
         max_drop=max_drop,
+        timing_cache=default_timing_cache(),
         threads=threads,
         command=("flora", *sys.argv[1:]),
     )
