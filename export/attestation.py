@@ -64,12 +64,13 @@ def attest(path: Path, runtime: str, images: np.ndarray, *, threads: int | None 
     return _attestation("profile of ONNX Runtime", weighted_by, kernels, str(path))
 
 
-def attest_engine(path: Path) -> Attestation:
+def attest_engine(path: Path, *, trusted: bool = False) -> Attestation:
     """What the products of TensorRT's engine `path`, for the GPU that is present, are computed in.
 
-    The engine must have been built with detailed verbosity, else `InputError`.
+    The engine must have been built with detailed verbosity, else `InputError`; one that brings code of its own must be
+    `trusted`.
     """
-    with TensorRtRunner(path) as runner:
+    with TensorRtRunner(path, trusted=trusted) as runner:
         return attest_inspected(runner.inspected(), str(path))
 
 

@@ -6,7 +6,7 @@ may be recommended.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 from export.attestation import Attestation
 from export.benchmark import LatencyStats
 from export.comparison import compare
-from export.engines import EngineSpec, backend_version
+from export.engine_record import EngineRecord
 from export.runners import Runner
 from export.runtimes import ORT_CPU
 from export.thresholds import THRESHOLDS, Thresholds
@@ -34,24 +34,6 @@ MODEL_FOLDER = "model"
 LOGITS = "logits/"
 
 Status = Literal["verified", "failed", "built, not run"]
-
-
-class EngineRecord(BaseModel):
-    """What an engine was built for, and with what."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    backend: str
-    backend_version: str
-    min_batch: int
-    opt_batch: int
-    max_batch: int
-    compute_capabilities: tuple[str, ...]
-    workspace_mib: int | None = None
-
-    @classmethod
-    def of(cls, spec: EngineSpec) -> Self:
-        return cls(**asdict(spec), backend_version=backend_version(spec.backend))
 
 
 class QuantizationRecord(BaseModel):
@@ -107,6 +89,12 @@ class ArtifactEntry(BaseModel):
     quantization: QuantizationRecord | None = None
     attestation: Attestation | None = None
 
+    @property
+    def fp32_source(self) -> str:
+        """Where the ONNX file in FP32 lies of the model that an engine was built from."""
+        assert self.spec is not None
+        return self.spec.source.replace(f"-{self.precision}.", "-fp32.")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         path = PurePosixPath(self.path)
@@ -121,6 +109,7 @@ class Manifest(Document):
     """`manifest.json`. `files` has every file but itself; `image_sets` is by role, `latency` by artefact.
 
     `thresholds` are what each kind of stage had to hold, and has to in later verifications.
+    `require` is what share of the products lower precisions must compute in, and
     `unmet` has a line for each file that does not compute in the precision that was required of it.
     `selection` is what was found on the images that precisions were chosen by, `verification` on the evaluation images.
     """
@@ -133,6 +122,7 @@ class Manifest(Document):
     recommended: str | None = None
     recommendation_reason: str = ""
     thresholds: dict[str, Thresholds] = THRESHOLDS
+    require: str | None = None
     unmet: list[str] = []
     selection: VerifyReport | None = None
     verification: VerifyReport | None = None
@@ -205,7 +195,12 @@ def hash_files(folder: Path) -> dict[str, str]:
 def check_hashes(bundle: Bundle) -> list[str]:
     """One line for each file that was altered, is missing, or does not belong to the bundle."""
     recorded, found = bundle.manifest.files, hash_files(bundle.folder)
-    altered = [f"{name} was altered" for name in recorded if name in found and found[name] != recorded[name]]
+    engines = {entry.path: entry.size_bytes for entry in bundle.manifest.artifacts if entry.kind == "engine"}
+    altered = [
+        f"{name} {_how_altered((bundle.folder / name).stat().st_size, engines.get(name))}"
+        for name in recorded
+        if name in found and found[name] != recorded[name]
+    ]
     missing = [f"{name} is missing" for name in recorded if name not in found]
     unexpected = [f"{name} is not part of the bundle" for name in found if name not in recorded]
     return altered + missing + unexpected
@@ -213,11 +208,23 @@ def check_hashes(bundle: Bundle) -> list[str]:
 
 def check_unaltered(bundle: Bundle) -> None:
     """Raise `GateFailedError` unless every file is as it was exported: nothing of another bundle is to be run."""
-    if problems := check_hashes(bundle):
-        raise GateFailedError(
-            f"{bundle.folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run; flora verify "
-            f"{bundle.folder} --bisect names the first layer that differs."
-        )
+    if not (problems := check_hashes(bundle)):
+        return
+    engines = tuple(entry.path for entry in bundle.manifest.artifacts if entry.kind == "engine")
+    advice = (
+        f"flora export {bundle.folder} --rebuild-engine builds it anew"
+        if engines and all(line.startswith(engines) for line in problems)
+        else f"flora verify {bundle.folder} --bisect names the first layer that differs"
+    )
+    raise GateFailedError(
+        f"{bundle.folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run; {advice}."
+    )
+
+
+def _how_altered(size_bytes: int, of_bytes: int | None) -> str:
+    if of_bytes is not None and size_bytes < of_bytes:
+        return f"is truncated, {size_bytes:,} of {of_bytes:,} bytes"
+    return "was altered"
 
 
 def write_golden(path: Path, images: np.ndarray, logits: Mapping[str, np.ndarray]) -> None:
@@ -250,12 +257,15 @@ def read_golden(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def check_golden(bundle: Bundle, entry: ArtifactEntry, runner: Runner) -> list[str]:
     """One line for each way in which `runner`, which runs `entry`, strays from its golden logits.
 
-    Held are the thresholds of its precision but for agreement and accuracy, which a few images cannot judge.
+    Held are the thresholds of its precision but for agreement and accuracy, which a few images cannot judge. An engine
+    must give the logits of the ONNX file that it was built from, or of that file in FP32.
     """
     images, logits_by_path = read_golden(bundle.folder / GOLDEN)
-    if entry.path not in logits_by_path:
-        return [f"{entry.name}: {GOLDEN} has no logits of {entry.path}"]
-    golden, logits = logits_by_path[entry.path], runner(images)
+    paths = [entry.path] if entry.spec is None else [entry.spec.source, entry.fp32_source]
+    path = next((path for path in paths if path in logits_by_path), None)
+    if path is None:
+        return [f"{entry.name}: {GOLDEN} has no logits of {paths[0]}"]
+    golden, logits = logits_by_path[path], runner(images)
     if logits.shape != golden.shape:
         return [f"{entry.name}: logits have the shape {list(logits.shape)}, golden are {list(golden.shape)}"]
     if not np.isfinite(logits).all():

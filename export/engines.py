@@ -7,70 +7,21 @@ file, readable by any tool of the same version.
 
 import importlib
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
+from export.engine_spec import HARDWARE_LEVELS, RTX, TENSORRT, EngineSpec, named
+from export.timing_cache import TimingCache
 from flora.artifact import new_file
-from flora.errors import BackendMissingError, FloraError, InputError, near_matches
+from flora.errors import BackendMissingError, FloraError, InputError
 
-MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "gpu"}
-COMPUTE_CAPABILITIES = {"tensorrt-rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"), "tensorrt": ()}
-DEFAULT_COMPUTE_CAPABILITIES = {"tensorrt-rtx": ("sm80", "sm86", "sm89", "sm120"), "tensorrt": ()}
-COMPUTE_CAPABILITIES_OF = {"fp8": ("sm89", "sm120", "sm121"), "bf16": ("sm80", "sm86", "sm89", "sm120", "sm121")}
+MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
+EXTRAS = {RTX: "rtx", TENSORRT: "gpu"}
 MIB = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSpec:
-    """What to build: the batch profile, and for TensorRT-RTX the GPUs (all of sm80 to sm120 unless named).
-
-    TensorRT builds for the present GPU, so it takes no compute capabilities.
-    """
-
-    backend: str
-    min_batch: int = 1
-    opt_batch: int = 8
-    max_batch: int = 64
-    compute_capabilities: tuple[str, ...] | None = None
-    workspace_mib: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.backend not in MODULES:
-            hint = near_matches(self.backend, MODULES)
-            raise InputError(f"{self.backend!r} is no engine backend; give {' or '.join(MODULES)}.{hint}")
-        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
-            raise InputError(
-                f"The batch profile {self.min_batch}/{self.opt_batch}/{self.max_batch} is not min <= opt <= max from 1."
-            )
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise InputError(f"The workspace must be at least 1 MiB, got {self.workspace_mib}.")
-        if self.compute_capabilities is None:
-            object.__setattr__(self, "compute_capabilities", DEFAULT_COMPUTE_CAPABILITIES[self.backend])
-        self._check_compute_capabilities()
-
-    def fit_for(self, precision: str) -> Self:
-        """The same for files of this precision: GPUs that cannot compute in it are left out, or refused where named."""
-        allowed = COMPUTE_CAPABILITIES_OF.get(precision, self.compute_capabilities)
-        if allowed is None or set(self.compute_capabilities or ()) <= set(allowed):
-            return self
-        if self.compute_capabilities != DEFAULT_COMPUTE_CAPABILITIES[self.backend]:
-            raise InputError(
-                f"{precision} needs a GPU of {', '.join(allowed)}; got {', '.join(self.compute_capabilities or ())}. "
-                "Leave the precision or the others out."
-            )
-        return replace(self, compute_capabilities=tuple(one for one in self.compute_capabilities if one in allowed))
-
-    def _check_compute_capabilities(self) -> None:
-        allowed, given = COMPUTE_CAPABILITIES[self.backend], self.compute_capabilities or ()
-        if not allowed and given:
-            raise InputError(f"{self.backend} builds for the GPU that is present; give no compute capabilities.")
-        if allowed and (not given or len(set(given)) != len(given) or not set(given) <= set(allowed)):
-            raise InputError(
-                f"{self.backend} builds for {', '.join(allowed)}, each at most once; got {', '.join(given) or 'none'}."
-            )
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|bad_alloc|could not be allocated", re.IGNORECASE)
+LITTLE_WORKSPACE = re.compile(r"workspace", re.IGNORECASE)
 
 
 def backend_version(backend: str) -> str:
@@ -78,8 +29,11 @@ def backend_version(backend: str) -> str:
     return backend_module(backend).__version__
 
 
-def engine_from_onnx(onnx_path: Path, path: Path, spec: EngineSpec) -> None:
-    """Build the engine of `spec` from an ONNX file with one image input whose first dimension is the batch."""
+def engine_from_onnx(onnx_path: Path, path: Path, spec: EngineSpec, *, timing_cache: Path | None = None) -> None:
+    """Build the engine of `spec` from an ONNX file with one image input whose first dimension is the batch.
+
+    TensorRT times kernels on the GPU; what it has timed is kept in the folder `timing_cache` for the next build.
+    """
     trt = backend_module(spec.backend)
     onnx_path = Path(onnx_path)
     if not onnx_path.is_file():
@@ -90,14 +44,40 @@ def engine_from_onnx(onnx_path: Path, path: Path, spec: EngineSpec) -> None:
     _parse(trt, network, logger, onnx_path)
     _check_input(network, spec, onnx_path)
     config = _config(trt, builder, network, spec)
-    plan = builder.build_serialized_network(network, config)
+    timings = None
+    if timing_cache is not None and spec.backend == TENSORRT:
+        timings = TimingCache.of(timing_cache, f"{spec.backend} {trt.__version__}")
+        timings.attach(config)
+    try:
+        plan = builder.build_serialized_network(network, config)
+    except MemoryError as error:
+        plan = None
+        logger.errors.append(f"out of memory ({error})")
     if plan is None:
         raise FloraError(
             f"{spec.backend} {trt.__version__} built no engine from {onnx_path}: {_last(logger.errors)} "
-            "Check the batch profile, the opset (20 to 22) and the precision of the file."
+            f"{build_advice([*logger.errors, *logger.warnings], spec)}"
         )
+    if timings is not None:
+        timings.keep(config)
     with new_file(path) as partial:
         partial.write_bytes(plan)
+
+
+def build_advice(messages: Sequence[str], spec: EngineSpec) -> str:
+    """What to do after a build that failed with these messages."""
+    if any(OUT_OF_MEMORY.search(message) for message in messages):
+        return (
+            f"There is not enough memory: lower the workspace (now {_mib(spec.workspace_mib)}) or the largest batch "
+            f"(profiles {named(spec.profiles)}), or stop what else uses the GPU."
+        )
+    if spec.workspace_mib is not None and any(LITTLE_WORKSPACE.search(message) for message in messages):
+        return f"The workspace of {spec.workspace_mib} MiB is too small: give more, or leave it open."
+    return "Check the batch profile, the opset (20 to 22) and the precision of the file."
+
+
+def _mib(limit: int | None) -> str:
+    return "all there is" if limit is None else f"{limit} MiB"
 
 
 def backend_module(backend: str) -> ModuleType:
@@ -117,16 +97,19 @@ def _network_flags(trt: ModuleType) -> int:
 
 
 def collecting_logger(trt: ModuleType) -> Any:
-    """A logger that keeps error messages and prints nothing; its base class exists only once a backend is there."""
+    """A logger that keeps errors and warnings and prints nothing; its base class is there only with a backend."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
 
     return Logger()
 
@@ -155,11 +138,18 @@ def _config(trt: ModuleType, builder: Any, network: Any, spec: EngineSpec) -> An
         config.num_compute_capabilities = len(spec.compute_capabilities)
         for index, name in enumerate(spec.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+    if spec.builder_level is not None:
+        config.builder_optimization_level = spec.builder_level
+    if spec.hardware_compatible is not None:
+        level = getattr(trt.HardwareCompatibilityLevel, HARDWARE_LEVELS[spec.hardware_compatible])
+        config.hardware_compatibility_level = level
+    if spec.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     images = network.get_input(0)
-    batches = (spec.min_batch, spec.opt_batch, spec.max_batch)
-    profile = builder.create_optimization_profile()
-    profile.set_shape(images.name, *((batch, *tuple(images.shape)[1:]) for batch in batches))
-    config.add_optimization_profile(profile)
+    for batches in spec.profiles:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(images.name, *((batch, *tuple(images.shape)[1:]) for batch in batches))
+        config.add_optimization_profile(profile)
     return config
 
 
@@ -172,8 +162,8 @@ def _check_input(network: Any, spec: EngineSpec, onnx_path: Path) -> None:
     batch, *size = network.get_input(0).shape
     if any(length < 0 for length in size):
         raise InputError(f"{onnx_path} cannot become an engine: only the batch may be dynamic, got {[batch, *size]}.")
-    if batch >= 0 and {spec.min_batch, spec.opt_batch, spec.max_batch} != {batch}:
-        raise InputError(f"{onnx_path} has a fixed batch of {batch}; give {batch} as min, opt and max.")
+    if batch >= 0 and spec.profiles != ((batch, batch, batch),):
+        raise InputError(f"{onnx_path} has a fixed batch of {batch}; give {batch} as min, opt and max, and no others.")
 
 
 def _last(errors: list[str]) -> str:

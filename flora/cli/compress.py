@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from flora.cli.options import (
     IMAGES_HELP,
+    default_timing_cache,
     device_option,
     expect_option,
     fitness_option,
@@ -211,6 +212,7 @@ def command(
         max_drop=max_drop,
         thresholds=thresholds,
         expect_top1=expect_top1,
+        timing_cache=default_timing_cache(),
         threads=threads,
         command=("flora", *sys.argv[1:]),
     )

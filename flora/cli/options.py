@@ -269,6 +269,69 @@ targets_option = click.option(
 )
 
 
+def batches_of(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
+    """Callback for an option that takes MIN,OPT,MAX."""
+    if value is None:
+        return None
+    try:
+        smallest, usual, largest = (int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not MIN,OPT,MAX, such as 1,8,32.") from error
+    if not 1 <= smallest <= usual <= largest:
+        raise click.BadParameter(f"{value!r}: the batches must rise, 1 <= MIN <= OPT <= MAX.")
+    return smallest, usual, largest
+
+
+def _profiles(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(batches_of(context, parameter, value) for value in values)
+
+
+def engine_options(command: Callable) -> Callable:
+    """How engines are built; the names are the fields of `BuildOptions`, and the folder of what TensorRT times."""
+    for decorator in (
+        click.option(
+            "--timing-cache",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder for what TensorRT times while it builds (default: flora/timing in your cache folder).",
+        ),
+        click.option(
+            "--version-compatible", is_flag=True, help="TensorRT engines that load in later versions too; slower."
+        ),
+        click.option(
+            "--hardware-compatible",
+            type=click.Choice(["same-capability", "ampere-plus"]),
+            help="TensorRT engines for other GPUs too: of the same compute capability, or all from Ampere on; slower.",
+        ),
+        click.option(
+            "--builder-level",
+            type=click.IntRange(0, 5),
+            help="How long TensorRT looks for fast kernels (default: its own, 3).",
+        ),
+        click.option(
+            "--workspace",
+            "workspace_mib",
+            type=click.IntRange(min=1),
+            metavar="MIB",
+            help="Memory that the kernels of an engine may use beside (default: all there is).",
+        ),
+        click.option(
+            "--profile",
+            "more_profiles",
+            multiple=True,
+            callback=_profiles,
+            metavar="MIN,OPT,MAX",
+            help="A further batch profile of engines beside --batch, such as 1,1,1 for single images (repeatable).",
+        ),
+    ):
+        command = decorator(command)
+    return command
+
+
+def default_timing_cache() -> Path:
+    """Where TensorRT's times are kept unless said otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flora" / "timing"
+
+
 def runtime_option(help_text: str) -> Callable:
     return click.option("--runtime", metavar="RUNTIME", default="ort-cpu", show_default=True, help=help_text)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.bundle import Bundle, Manifest
+from export.engine_spec import named
 from export.tally import WorstImage
 from export.verify import VerifyReport
 from flora.cli.output import millions, percent, print_json, print_next, print_table
@@ -27,6 +28,7 @@ def print_bundle(bundle: Bundle, wrote: str, command: str, *, as_json: bool) -> 
         print_stages(report)
         print_artifacts(manifest)
         print_precisions(manifest)
+        print_engines(manifest)
         print_verdict(manifest)
         print_next(wrote, command)
     if manifest.unmet:
@@ -186,6 +188,27 @@ def print_precisions(manifest: Manifest) -> None:
     for entry in manifest.artifacts:
         if entry.status == "failed" and entry.precision != "fp32":
             print(f"{entry.name} is not to be shipped: {entry.reason}")
+
+
+def print_engines(manifest: Manifest) -> None:
+    """One row for each engine: what it was built for and by, and how long that took."""
+    rows = []
+    for entry in manifest.artifacts:
+        if (spec := entry.spec) is not None:
+            rows.append(
+                [
+                    entry.name,
+                    ", ".join(spec.compute_capabilities) or (spec.gpu.name if spec.gpu else "-"),
+                    named(spec.profiles),
+                    spec.backend_version,
+                    f"{entry.size_bytes / 2**20:.1f} MiB",
+                    f"{spec.build_seconds:.0f} s",
+                    entry.status,
+                ]
+            )
+    if rows:
+        columns = ["", "built for", "batches (min/opt/max)", "version", "size", "built in", "status"]
+        print_table(columns, rows, title="Engines")
 
 
 def print_verdict(manifest: Manifest) -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     help="Also name the first layer of each file that departs from its FP32 file, on ONNX Runtime's CPU provider, by "
     "the golden images or 32 of --data; runs files that were altered as well.",
 )
+@click.option(
+    "--trust-engines", is_flag=True, help="Run version-compatible engines too, which bring code of their own."
+)
 @threads_option
 @json_option
 def command(
@@ -34,13 +37,14 @@ def command(
     thresholds: tuple[str, ...],
     runtime: str | None,
     with_bisection: bool,
+    trust_engines: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Check BUNDLE here: the hash of every file, the golden outputs, and with --data the accuracy.
 
-    Runs the ONNX files on the runtime that they were exported for and needs no torch. Exit code 3 when anything is not
-    as it was exported, or with --bisect when a layer departs.
+    Runs the ONNX files on the runtime that they were exported for, and each engine whose GPU is here; needs no torch.
+    Exit code 3 when anything is not as it was exported, or with --bisect when a layer departs.
     """
     if max_drop is not None and not data:
         raise click.UsageError("--max-drop judges accuracy, which needs --data IMAGES.")
@@ -54,7 +58,13 @@ def command(
     check = None
     if not altered:
         check = verify_bundle(
-            bundle, data=data, max_drop=max_drop, thresholds=thresholds, threads=threads, runtime=runtime
+            bundle,
+            data=data,
+            max_drop=max_drop,
+            thresholds=thresholds,
+            threads=threads,
+            runtime=runtime,
+            trusts_engines=trust_engines,
         )
     if as_json:
         said = {
@@ -62,6 +72,7 @@ def command(
             "passed": check is not None and check.passed and (found is None or found.passed),
             "problems": check.problems if check else altered,
             "not_run": check.not_run if check else [],
+            "engines": check.engines if check else {},
             "report": check.report.model_dump() if check and check.report else None,
         }
         print_json(said | ({"bisection": found.as_json()} if found else {}))
@@ -96,6 +107,8 @@ def _print(check: "BundleCheck | None", found: "BundleBisection | None") -> None
         print("\n".join(check.problems) or "Golden outputs: reproduced by every ONNX file.")
         if check.report:
             print_stages(check.report)
+        for name, status in check.engines.items():
+            print(f"Ran here: {name}: {status}.")
         for line in check.not_run:
             print(f"Not run here: {line}.")
     elif found:

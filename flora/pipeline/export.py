@@ -99,7 +99,7 @@ def export_job(
 
 
 # Fields of a request that say where something lies, or how it was asked for.
-_NO_SETTINGS = ("eval_data", "calib_data", "select_data", "reference", "command")
+_NO_SETTINGS = ("eval_data", "calib_data", "select_data", "reference", "timing_cache", "command")
 
 
 def _is_there(job: Job, out: Path) -> bool:
@@ -160,7 +160,9 @@ def export_bundle(
         for spec, one in itertools.product(specs, (exported[-1], *low)):
             if one.name == exported[-1].name and one.precision not in OF_ENGINES:
                 on_step(f"building the {spec.backend} engine of {one.called}")
-                engines.append(build_engine(spec.fit_for(one.precision), one, folder))
+                engines.append(
+                    build_engine(spec.fit_for(one.precision), one, folder, timing_cache=request.timing_cache)
+                )
         chosen = _chosen(exported, low, selected, request)
         proof = prove(
             [*exported, *chosen],
@@ -209,6 +211,7 @@ def export_bundle(
             recommended=recommended,
             recommendation_reason=reason,
             thresholds=request.protocol.thresholds,
+            require=request.require,
             unmet=[
                 *(f"{one.onnx_name}: {line}" for one in low for line in _unmet(one, request)),
                 *(f"{entry.name}: {entry.reason}" for entry in engine_entries if entry.status == "failed"),

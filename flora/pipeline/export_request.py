@@ -1,13 +1,14 @@
 """What an export is asked for: targets, precisions, images to prove it with, and what is required of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from export.attestation import Attestation, Requirement
-from export.engines import EngineSpec, backend_version
+from export.device import cuda_runtime
+from export.engine_spec import AS_USUAL, NOT_OF_RTX, RTX, BuildOptions, EngineSpec
+from export.engines import backend_version
 from export.runtimes import ORT_CPU, TENSORRT, check_loads_onnx, precision_of_products, runtime_version
-from export.tensorrt_runner import cuda_runtime
 from export.thresholds import thresholds_with
 from flora.errors import InputError, few
 from flora.lowrank.checkpoint import LoadedModel
@@ -30,6 +31,8 @@ class ExportRequest:
     For `precisions` other than FP32, ranges are measured on `calib_images` of `calib_data`, and every choice is made on
     `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
     what share of the products they must compute in, such as "int8>=80%".
+
+    `build` is how engines are built; what TensorRT times while it builds is kept in the folder `timing_cache`.
     """
 
     eval_data: str | None
@@ -51,6 +54,8 @@ class ExportRequest:
     opset: int = 20
     batches: tuple[int, int, int] = (1, 8, 64)
     compute_capabilities: tuple[str, ...] = ()
+    build: BuildOptions = AS_USUAL
+    timing_cache: Path | None = None
     repeats: int = 20
     threads: int | None = None
     command: tuple[str, ...] = ()
@@ -62,19 +67,27 @@ class ExportRequest:
 
     def engine_specs(self) -> list[EngineSpec]:
         """The engines asked for; what cannot be built or run is refused, `BackendMissingError` without its package."""
-        if self.compute_capabilities and "tensorrt-rtx" not in self.targets:
-            raise InputError("Compute capabilities are chosen for tensorrt-rtx only, which is not among the targets.")
+        backends = [target for target in self.targets if target != "onnx"]
+        if self.compute_capabilities and RTX not in backends:
+            raise InputError(f"Compute capabilities are chosen for {RTX} only, which is not among the targets.")
+        if self.build != AS_USUAL and not backends:
+            raise InputError("Batch profiles and how to build are for engines, and none is among the targets.")
+        if self.build.for_tensorrt and TENSORRT not in backends:
+            raise InputError(
+                f"{few(self.build.for_tensorrt)} is for {TENSORRT} only, which is not among the targets: "
+                f"{RTX} takes none, since {NOT_OF_RTX[self.build.for_tensorrt[0]]}."
+            )
         smallest, usual, largest = self.batches
         specs = [
             EngineSpec(
-                backend=target,
+                backend=backend,
                 min_batch=smallest,
                 opt_batch=usual,
                 max_batch=largest,
-                compute_capabilities=(self.compute_capabilities or None) if target == "tensorrt-rtx" else None,
+                compute_capabilities=(self.compute_capabilities or None) if backend == RTX else None,
+                **asdict(self.build.taken_by(backend)),
             )
-            for target in self.targets
-            if target != "onnx"
+            for backend in backends
         ]
         for spec in specs:
             backend_version(spec.backend)

@@ -6,11 +6,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import MANIFEST, ArtifactEntry, Bundle, Manifest, check_golden, check_unaltered, load_bundle
+from export.bundle import MANIFEST, ArtifactEntry, Bundle, Manifest, Status, check_golden, check_unaltered, load_bundle
 from export.runners import Runner
 from export.runtimes import open_runner
 from export.thresholds import thresholds_with
 from export.verify import Stage, StageReport, VerifyReport, verify
+from flora.errors import FloraError
+from flora.pipeline.engine_runs import engine_stages, for_any_number, open_engine, status_of, why_not_run
 from flora.pipeline.images import certified_images
 
 BATCHES = (1, 8)
@@ -18,11 +20,15 @@ BATCHES = (1, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class BundleCheck:
-    """What was found: `problems` by sentence, the artefacts that were not run, and figures on images if given."""
+    """What was found: `problems` by sentence, the artefacts that were not run, and figures on images if given.
+
+    `engines` has the status of each engine that ran here; the manifest keeps that of the export.
+    """
 
     bundle: Bundle
     problems: list[str]
     not_run: list[str]
+    engines: dict[str, Status]
     report: VerifyReport | None
 
     @property
@@ -38,9 +44,12 @@ def verify_bundle(
     thresholds: Sequence[str] = (),
     threads: int | None = None,
     runtime: str | None = None,
+    trusts_engines: bool = False,
 ) -> BundleCheck:
     """Check the hashes of all files, then run every ONNX file on the golden images, and on `data` if given.
 
+    So is every engine whose GPU is here, which must give what its ONNX file does; for the others it is said why not.
+    Only one who `trusts_engines` has those run that bring code of their own.
     `max_drop` (points of top-1) and `thresholds` (see `thresholds_with`) take the place of those in the manifest,
     `runtime` that of the one exported for.
     A file whose hash is wrong ends the check with a `GateFailedError`: it is not run.
@@ -55,6 +64,12 @@ def verify_bundle(
         seen = {role: record for role, record in manifest.image_sets.items() if role != "evaluation"}
         images = certified_images(data, manifest.preprocessing, classes, seen)
     runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx" and entry.certified]
+    others = {
+        entry.name: why_not_run(entry, folder, trusted=trusts_engines)
+        for entry in manifest.artifacts
+        if entry not in runnable
+    }
+    engines = [entry for entry in manifest.artifacts if others.get(entry.name, "") is None]
     with ExitStack() as opened:
         runners = {
             entry.name: opened.enter_context(
@@ -63,15 +78,30 @@ def verify_bundle(
             for entry in runnable
         }
         problems = [problem for entry in runnable for problem in _misdescribed(manifest, runners[entry.name])]
-        problems += [problem for entry in runnable for problem in check_golden(bundle, entry, runners[entry.name])]
+        for entry in engines:
+            try:
+                runners[entry.name] = opened.enter_context(open_engine(bundle, entry))
+            except FloraError as error:
+                problems.append(f"{entry.name}: {error}")
+        opened_ones = [entry for entry in (*runnable, *engines) if entry.name in runners]
+        for entry in opened_ones:
+            problems += check_golden(bundle, entry, for_any_number(entry, runners[entry.name]))
         report = None
         if images is None:
             failed = [entry for entry in runnable if entry.status == "failed"]
             problems += [f"{entry.name} failed at export: {entry.reason}" for entry in failed]
         else:
-            report = verify(_stages(manifest, runnable, runners), images, thresholds=limits)
-    not_run = [f"{entry.name}: {entry.status}" for entry in manifest.artifacts if entry not in runnable]
-    return BundleCheck(bundle=bundle, problems=problems, not_run=not_run, report=report)
+            stages = _stages(manifest, runnable, runners)
+            fp32 = {entry.path: f"{entry.name}, batch {BATCHES[-1]}" for entry in runnable}
+            stages += engine_stages([entry for entry in opened_ones if entry in engines], runners, stages[0].name, fp32)
+            report = verify(stages, images, thresholds=limits)
+    return BundleCheck(
+        bundle=bundle,
+        problems=problems,
+        not_run=[f"{name}: {reason}" for name, reason in others.items() if reason is not None],
+        engines={entry.name: status_of(entry, problems, report) for entry in engines},
+        report=report,
+    )
 
 
 def _misdescribed(manifest: Manifest, runner: Runner) -> list[str]:

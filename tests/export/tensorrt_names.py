@@ -146,8 +146,8 @@ class Reader:
         return self._call(ast.unparse(node.func), arguments, file)
 
     def _call(self, called: str, arguments: list[str], file: str) -> str:
-        """What a function of ours gives: one of the same file or, where its name is public, of any."""
-        name = called.removeprefix("self.")
+        """What a function or method of ours gives: one of the same file or, where its name is public, of any."""
+        name = called.rpartition(".")[2]
         if name == OPENS_MODULE:
             return MODULE
         places = [file, *(other for other, one in self._functions if one == name and not name.startswith("_"))]

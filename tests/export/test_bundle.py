@@ -190,6 +190,8 @@ def test_an_engine_entry_needs_its_spec():
         opt_batch=8,
         max_batch=64,
         compute_capabilities=("sm89",),
+        source="onnx/model-fp32.onnx",
+        build_seconds=2.5,
     )
     entry = {"name": "e", "path": "e.engine", "precision": "fp32", "role": "candidate", "status": "built, not run"}
     assert ArtifactEntry(**entry, kind="engine", sha256="0", size_bytes=1, spec=record).spec == record

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorrt_names import MODULE, Published, Reader, Use, is_in, published_by_bindings, published_by_stubs
 
-from export.engines import COMPUTE_CAPABILITIES
+from export.engine_spec import COMPUTE_CAPABILITIES
 
 ROOT = Path(__file__).parent.parent.parent
 STUBS, BINDINGS = "tensorrt-stubs==10.13.0.35.1", "tensorrt-cu13-bindings==11.4.0.106"
@@ -66,7 +66,7 @@ def bindings(wheels) -> bytes:
 def ours(stubs) -> set[Use]:
     files = [path for package in ("flora", "export", "calibrate") for path in (ROOT / package).rglob("*.py")]
     sources = {str(path): path.read_text() for path in files}
-    return Reader({file: text for file, text in sources.items() if "tensorrt" in text}, stubs.types).uses
+    return Reader({file: text for file, text in sources.items() if "tensorrt" in text.lower()}, stubs.types).uses
 
 
 def lacking(uses: set[Use], stubs: Published, bindings: bytes) -> set[Use]:
@@ -85,6 +85,8 @@ def test_the_names_that_our_sources_use_are_found(ours):
         Use("Builder", "build_serialized_network"),
         Use("BuilderFlag", "TF32"),
         Use("IBuilderConfig", "add_optimization_profile"),
+        Use("IBuilderConfig", "builder_optimization_level"),
+        Use("ITimingCache", "serialize"),
         Use("IOptimizationProfile", "set_shape"),
         Use("INetworkDefinition", "get_input"),
         Use("ITensor", "shape"),

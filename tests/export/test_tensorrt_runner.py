@@ -1,11 +1,6 @@
 """The TensorRT runner against a fake of the absent GPU: a device that is memory of the host, an engine that sums."""
 
-import ctypes
-import json
-import math
 import sys
-from enum import IntEnum
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,130 +8,30 @@ import pytest
 from export.attestation import attest_engine
 from export.tensorrt_runner import TensorRtRunner
 from flora.errors import BackendMissingError, FloraError, InputError
+from tests.fake_gpu import FakeEngine, FakeGpu, fake_tensorrt, install, seen
 
 CLASSES = 3
-SMALLEST, LARGEST = (1, 1, 4, 4), (8, 1, 4, 4)
-
-
-class FakeGpu:
-    """CUDA's runtime: what it hands out is counted, and a copy reaches only what is allocated."""
-
-    def __init__(self) -> None:
-        self.memory: dict[int, ctypes.Array] = {}
-        self.copies = 0
-        self.fails_at = ""
-        runtime = ModuleType("cuda.bindings.runtime")
-        runtime.cudaError_t = SimpleNamespace(cudaSuccess=0)
-        runtime.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-        for name in ("Malloc", "Free", "MemcpyAsync", "StreamCreate", "StreamDestroy", "StreamSynchronize"):
-            setattr(runtime, f"cuda{name}", lambda *args, name=name: self.call(name, *args))
-        self.runtime = runtime
-
-    def call(self, name: str, *args):
-        if name == self.fails_at:
-            return (2, None)
-        values = getattr(self, name)(*args)
-        return (0,) if values is None else (0, values)
-
-    def Malloc(self, size: int) -> int:
-        block = ctypes.create_string_buffer(size)
-        self.memory[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
-
-    def Free(self, address: int) -> None:
-        del self.memory[address]
-
-    def MemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
-        assert len(self.memory[target if kind == 1 else source]) == size
-        self.copies += 1
-        ctypes.memmove(target, source, size)
-
-    def StreamCreate(self) -> int:
-        return 77
-
-    def StreamDestroy(self, stream: int) -> None:
-        assert stream == 77
-
-    def StreamSynchronize(self, stream: int) -> None:
-        assert stream == 77
-
-
-class FakeEngine:
-    """Logits are the sum of an image times the class number."""
-
-    num_io_tensors = 2
-    runs = True
-
-    def get_tensor_name(self, index: int) -> str:
-        return ("images", "logits")[index]
-
-    def get_tensor_mode(self, name: str) -> str:
-        return {"images": "in", "logits": "out"}[name]
-
-    def get_tensor_dtype(self, name: str) -> str:
-        return "float"
-
-    def get_tensor_profile_shape(self, name: str, profile: int) -> tuple:
-        return SMALLEST, SMALLEST, LARGEST
-
-    def create_execution_context(self) -> "FakeEngine":
-        self.addresses: dict[str, int] = {}
-        return self
-
-    def set_input_shape(self, name: str, shape: tuple) -> None:
-        self.shape = shape
-
-    def get_tensor_shape(self, name: str) -> tuple:
-        return (self.shape[0], CLASSES)
-
-    def set_tensor_address(self, name: str, address: int) -> None:
-        self.addresses[name] = address
-
-    def create_engine_inspector(self) -> "FakeInspector":
-        return FakeInspector()
-
-    def execute_async_v3(self, stream: int) -> bool:
-        if self.runs:
-            images = seen(self.addresses["images"], self.shape)
-            seen(self.addresses["logits"], (self.shape[0], CLASSES))[:] = expected(images)
-        return self.runs
-
-
-class FakeInspector:
-    """Knows an engine of one product in FP16, once it has been told in which context."""
-
-    execution_context = None
-
-    def get_engine_information(self, form: str) -> str:
-        assert (form, self.execution_context is not None) == ("json", True)
-        inputs = [{"Name": "images", "Format/Datatype": "Row major linear FP16 format"}]
-        return json.dumps({"Layers": [{"Name": "head", "LayerType": "gemm", "Inputs": inputs, "Outputs": []}]})
-
-
-def seen(address: int, shape: tuple) -> np.ndarray:
-    return np.ctypeslib.as_array((ctypes.c_float * math.prod(shape)).from_address(address)).reshape(shape)
+SIZE = (1, 4, 4)
 
 
 def expected(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1).sum(1)[:, None] * np.arange(CLASSES, dtype=np.float32)
 
 
+def shapes(*batches: int) -> list[tuple[int, ...]]:
+    return [(batch, *SIZE) for batch in batches]
+
+
 @pytest.fixture
-def gpu(monkeypatch) -> FakeGpu:
+def opened() -> FakeEngine:
+    """What any engine file is here."""
+    return FakeEngine(expected, CLASSES, [shapes(1, 4, 8)])
+
+
+@pytest.fixture
+def gpu(monkeypatch, opened) -> FakeGpu:
     gpu = FakeGpu()
-    trt = ModuleType("tensorrt")
-    trt.__version__ = "11.4"
-    trt.ILogger = type("ILogger", (), {"Severity": IntEnum("Severity", "INTERNAL_ERROR ERROR")})
-    trt.LayerInformationFormat = SimpleNamespace(JSON="json")
-    trt.TensorIOMode = SimpleNamespace(INPUT="in")
-    trt.nptype = lambda dtype: {"float": np.float32}[dtype]
-    trt.Runtime = lambda logger: SimpleNamespace(
-        deserialize_cuda_engine=lambda plan: FakeEngine() if plan == b"engine" else None
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", ModuleType("cuda.bindings"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu.runtime)
+    install(monkeypatch, gpu, fake_tensorrt(lambda plan: opened if plan == b"engine" else None))
     return gpu
 
 
@@ -177,17 +72,34 @@ def test_what_is_timed_copies_nothing(gpu, engine):
         np.testing.assert_allclose(seen(runner._buffers["logits"], (2, CLASSES)), expected(images(2)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [images(9), images(2)[:, :, :2], images(2).astype(np.float64), images(2)[0]])
-def test_images_outside_the_profile_are_refused_before_anything_is_copied(gpu, engine, wrong):
+@pytest.mark.parametrize("wrong", [images(2)[:, :, :2], images(2).astype(np.float64), images(2)[0]])
+def test_images_of_another_kind_are_refused_before_anything_is_copied(gpu, engine, wrong):
     with TensorRtRunner(engine) as runner:
         with pytest.raises(InputError, match=r"takes float32 images of shapes \[1, 1, 4, 4\] to \[8, 1, 4, 4\], got"):
             runner(wrong)
         assert gpu.copies == 0
 
 
+def test_a_batch_in_no_profile_is_refused_and_the_profiles_are_named(gpu, engine, opened):
+    opened.profiles = [shapes(1, 4, 8), shapes(16, 16, 16)]
+    with TensorRtRunner(engine) as runner:
+        with pytest.raises(InputError, match=r"profiles 1/4/8 and 16/16/16 \(min/opt/max\), got 9 images"):
+            runner(images(9))
+        assert gpu.copies == 0
+
+
+def test_a_batch_runs_in_the_profile_that_is_optimized_nearest_to_it(gpu, engine, opened):
+    opened.profiles = [shapes(1, 8, 32), shapes(1, 1, 1), shapes(2, 4, 4)]
+    with TensorRtRunner(engine) as runner:
+        assert runner.profiles == ((1, 8, 32), (1, 1, 1), (2, 4, 4))
+        for batch in (1, 32, 2, 4, 6, 1, 8):
+            np.testing.assert_allclose(runner(images(batch)), expected(images(batch)), rtol=1e-6)
+    assert opened.ran_with == [(1, 1), (0, 32), (2, 2), (2, 4), (0, 6), (1, 1), (0, 8)]
+
+
 def test_an_engine_of_another_version_is_said(gpu, engine):
     engine.write_bytes(b"from elsewhere")
-    with pytest.raises(FloraError, match=r"does not load in TensorRT 11\.4.*build it again from the ONNX file"):
+    with pytest.raises(FloraError, match=r"does not load in tensorrt 11\.4.*build it again from the ONNX file"):
         TensorRtRunner(engine)
     with pytest.raises(InputError, match="does not exist"):
         TensorRtRunner(engine.with_name("no.engine"))
@@ -201,9 +113,9 @@ def test_a_failure_of_cuda_is_named(gpu, engine, function):
             runner(images(2))
 
 
-def test_a_run_that_fails_is_no_answer(gpu, engine, monkeypatch):
+def test_a_run_that_fails_is_no_answer(gpu, engine, opened):
     with TensorRtRunner(engine) as runner:
-        monkeypatch.setattr(FakeEngine, "runs", False)
+        opened.runs = False
         with pytest.raises(FloraError, match="failed to run"):
             runner(images(2))
 
