@@ -34,6 +34,12 @@ def _found(chain: Chain, stage: str | None, where: str = "", **how: Any) -> dict
     return {"where": where, "failed": report.first_failure, "said": lines, "caught": report.first_failure == stage}
 
 
+def _nothing(chain: Chain) -> list[dict[str, Any]]:
+    """No stage may fail, and no layer be named."""
+    report = _found(chain, None)
+    return [{**report, **chain.bisected(precision), "where": None} for precision in ("fp16", "int8")]
+
+
 def _flipped(chain: Chain) -> list[dict[str, Any]]:
     path = chain.file("fp32")
     found = []
@@ -55,7 +61,7 @@ def _overflowing(chain: Chain) -> list[dict[str, Any]]:
         if len(products) == 2:
             with chain.planted(chain.file("fp32"), partial(overflow, products)):
                 chain.write_half()
-                found.append(_found(chain, FP16, layer) | chain.bisected("fp16", layer))
+                found.append(_found(chain, FP16, layer) | chain.bisected("fp16"))
     chain.write_half()
     return found
 
@@ -65,7 +71,7 @@ def _scaled(chain: Chain, *, of_weights: bool) -> list[dict[str, Any]]:
     found = []
     for layer, products in chain.products().items():
         with chain.planted(chain.file("int8"), partial(scale_step, products[-1], of_weights)):
-            found.append(_found(chain, INT8, layer) | chain.bisected("int8", layer))
+            found.append(_found(chain, INT8, layer) | chain.bisected("int8"))
     return found
 
 
@@ -116,7 +122,7 @@ def _row(fault: str, found: list[dict[str, Any]]) -> tuple[str, str, str, str]:
 
 
 PLANTS: dict[str, Callable[[Chain], list[dict[str, Any]]]] = {
-    "nothing": lambda chain: [_found(chain, None)],
+    "nothing": _nothing,
     "weight tensor flipped": _flipped,
     "mean and std swapped": lambda chain: [_found(chain, DENSE, settings=swapped(chain.settings))],
     "classes of the images permuted": lambda chain: [_found(chain, DENSE, roll=1)],

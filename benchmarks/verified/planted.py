@@ -17,6 +17,7 @@ from calibrate.half import half_onnx
 from calibrate.mixed import CONVERSIONS, products_by_layer
 from calibrate.ranges import measure_ranges
 from calibrate.static import quantize_onnx
+from export.departures import first_departure
 from export.onnx import onnx_from_module
 from export.thresholds import THRESHOLDS
 from export.verify import VerifyReport
@@ -97,6 +98,11 @@ class Chain:
         low = [_low(self.exported[1], precision) for precision in ("fp16", "int8")]
         chain = [*self.exported, *low]
         return prove(chain, self.folder, Rolled(images, roll), protocol, on_step=lambda step: None).report
+
+    def bisected(self, precision: str) -> dict[str, str | None]:
+        """The layer that bisection of the file names."""
+        found = first_departure(self.file("fp32"), self.file(precision), self.images(), threads=1)
+        return {"layer": found.layer if found else None}
 
     @contextmanager
     def planted(self, path: Path, change: Callable[[ModelProto], None]) -> Iterator[None]:
