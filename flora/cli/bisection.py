@@ -15,7 +15,7 @@ EXACT = 200.0
 def print_bisection(found: "BundleBisection") -> None:
     """The first layer that departs in each file, and beneath what is to be said of it."""
     print_table(
-        ["file", "against", "first layer that departs", "operator, node", "how", "own", "before", "after", "logits"],
+        ["file", "against", "layer", "operator, node", "how", "own", "before", "after", "logits"],
         [_row(one) for one in found.files],
         title=(
             f"First layer that departs, on {found.images} images. Signal to noise, own: of the layer given right "

@@ -99,7 +99,9 @@ def bisect_bundle(
 def _images(bundle: Bundle, data: str | None, sound: set[str]) -> np.ndarray:
     if data is not None:
         images = open_images(at_most(data, MOST_IMAGES), bundle.manifest.preprocessing)
-        return next(iter(images.batches(MOST_IMAGES)))[0]
+        for batch, _ in images.batches(MOST_IMAGES):
+            return batch
+        raise InputError(f"{data} holds no images; give a set that holds some.")
     if GOLDEN not in sound:
         raise InputError(f"{GOLDEN} of {bundle.folder} is not as it was exported; give images with --data.")
     return read_golden(bundle.folder / GOLDEN)[0]
