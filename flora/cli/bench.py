@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     help="Batch sizes to time.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each runtime.")
-@click.option("--seconds", type=float, default=30.0, show_default=True, help="Time each batch for so long at most.")
+@click.option(
+    "--seconds",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Time each batch for so long at most, but at least for ten repeats of all.",
+)
 @click.option("--no-memory", is_flag=True, help="Measure no memory, for which each artefact gets a process of its own.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="File for the report: NAME.json or NAME.csv.")
 @json_option

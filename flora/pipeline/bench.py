@@ -29,7 +29,10 @@ REPEATS, SHARE_OF_TIME = 100, 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """What to time; `artifacts` are names or paths, all if none. At most for `seconds` at each batch."""
+    """What to time; `artifacts` are names or paths, all if none.
+
+    At each batch at most for `seconds`, unless two windows of repeats take longer.
+    """
 
     artifacts: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ()
@@ -193,7 +196,7 @@ def _protocol(request: BenchRequest, *, measures_memory: bool, on_gpu: bool) -> 
         f"{AGREEMENT:.0%}, or the noise in them, for all",
         "repeats": f"until each ratio is known to {RATIO_KNOWN:.0%} and each median to {MEDIAN_KNOWN:.0%} (half of "
         f"their 95 % intervals), {REPEATS} if they take less than {SHARE_OF_TIME:.0%} of the time; at most "
-        f"{request.seconds:g} s a batch",
+        f"{request.seconds:g} s a batch, but at least {2 * WINDOW} repeats",
         "ratio": "median of the ratios within repeats, over the first row of the same batch",
         "memory": memory,
     }

@@ -11,15 +11,6 @@ from export.runtimes import TENSORRT, TORCH, TORCH_COMPILED, TORCH_CUDA, TORCH_R
 from export.tensorrt_runner import TensorRtRunner
 from flora.errors import InputError
 
-# What loads the libraries of a runtime.
-LIBRARIES = {
-    "ort-cpu": "onnxruntime",
-    "ort-cuda": "onnxruntime",
-    "openvino": "openvino",
-    TENSORRT: "tensorrt",
-    **dict.fromkeys(TORCH_RUNTIMES, "flora.lowrank.checkpoint"),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -40,8 +31,10 @@ class Subject:
 
     @property
     def library(self) -> str:
-        """The module that loads the runtime."""
-        return LIBRARIES[self.runtime]
+        """The module that loads the libraries of the runtime."""
+        if self.runtime in TORCH_RUNTIMES:
+            return "flora.lowrank.checkpoint"
+        return {"openvino": "openvino", TENSORRT: "tensorrt"}.get(self.runtime, "onnxruntime")
 
     @property
     def on_gpu(self) -> bool:
