@@ -4,7 +4,6 @@ Layers are what a user names: the products of `blocks.3.attn.qkv` go together, i
 two of an attention.
 """
 
-import ast
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from calibrate.ranges import OPERATORS
-from flora.onnxfiles import SCOPES, save_onnx
+from flora.onnxfiles import layer_of, save_onnx
 
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
-FACTORS = (".down", ".up")
 
 
 def products_by_layer(source: ModelProto, quantized: ModelProto) -> dict[str, list[str]]:
@@ -25,7 +23,7 @@ def products_by_layer(source: ModelProto, quantized: ModelProto) -> dict[str, li
     layers: dict[str, list[str]] = {}
     for node in source.graph.node:
         if node.name in low:
-            layers.setdefault(_layer(node), []).append(node.name)
+            layers.setdefault(layer_of(node), []).append(node.name)
     return layers
 
 
@@ -75,17 +73,6 @@ def _leading_to(name: str, conversions: dict[str, NodeProto]) -> Iterator[NodePr
     if name in conversions:
         yield from _leading_to(conversions[name].input[0], conversions)
         yield conversions[name]
-
-
-def _layer(node: NodeProto) -> str:
-    """The module that the node belongs to; where no exporter has noted it, the node's own name."""
-    noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
-    scopes: list[str] = ast.literal_eval(noted)
-    modules = [scope for scope in scopes[:-1] if scope]  # the last one is the operator's own
-    if not modules:
-        return node.name
-    layer = modules[-1]
-    return next((layer.removesuffix(factor) for factor in FACTORS if layer.endswith(factor)), layer)
 
 
 def _without_graph(model: ModelProto) -> ModelProto:

@@ -4,7 +4,6 @@ Tensors keep their names through casts and quantization (`calibrate.half`, `stat
 factors of a layer is no cut: the basis there is free (`calibrate.basis`), so that such a piece holds both products.
 """
 
-import ast
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from flora.errors import InputError, few
-from flora.onnxfiles import SCOPES
+from flora.onnxfiles import layer_of
 
-FACTORS = (".down", ".up")
 PRODUCTS = ("MatMul", "Gemm")
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 # What a tensor is called where a piece makes it, and reads the same tensor of another file.
 FOUND = "{}/found"
 
@@ -80,7 +79,8 @@ def read_graph(path: Path) -> Graph:
 def common_layers(reference: Graph, suspect: Graph) -> list[Layer]:
     """The cuts of both graphs by module, in the reference's order; `InputError` for graphs of different models."""
     inner = set(_between_factors(reference))
-    typed = reference.types.keys() & suspect.types.keys()
+    # Sizes that are computed on the way are no layer's output.
+    typed = {name for name, kind in reference.types.items() if kind in FLOATS and name in suspect.types}
     cuts = [name for name in reference.makers if name in suspect.makers and name in typed and name not in inner]
     if reference.input != suspect.input or not set(reference.outputs) <= set(cuts):
         raise InputError(
@@ -89,7 +89,7 @@ def common_layers(reference: Graph, suspect: Graph) -> list[Layer]:
         )
     layers: list[Layer] = []
     for name in cuts:
-        module = _module_of(reference.makers[name])
+        module = layer_of(reference.makers[name])
         before = layers.pop().made if layers and layers[-1].name == module else ()
         layers.append(Layer(name=module, made=(*before, name)))
     return layers
@@ -153,12 +153,3 @@ def _between_factors(graph: Graph) -> Iterator[str]:
 
 def _is_by_constant(node: NodeProto, graph: Graph) -> bool:
     return node.op_type in PRODUCTS and node.input[1] in graph.constants
-
-
-def _module_of(node: NodeProto) -> str:
-    """The module that the exporter noted for the node, for factors the layer that they are of; else the node's name."""
-    noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
-    modules = [scope for scope in ast.literal_eval(noted)[:-1] if scope]  # the last one is the operator's own
-    if not modules:
-        return node.name or node.output[0]
-    return next((modules[-1].removesuffix(factor) for factor in FACTORS if modules[-1].endswith(factor)), modules[-1])

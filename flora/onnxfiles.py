@@ -1,5 +1,6 @@
 """ONNX files: read with a check, written whole, weights too large for one file beside them. Needs no torch."""
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,18 @@ from flora.errors import InputError
 
 # Where torch's exporter notes which modules a node is of.
 SCOPES = "pkg.torch.onnx.name_scopes"
+FACTORS = (".down", ".up")
 # A protobuf file ends at 2 GiB; the graph itself takes some of it.
 LARGEST_INLINE_BYTES = int(1.9e9)
+
+
+def layer_of(node: onnx.NodeProto) -> str:
+    """The module that the exporter noted for the node, for a factor the layer that it is of; else the node's name."""
+    noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    modules = [scope for scope in ast.literal_eval(noted)[:-1] if scope]  # the last one is the operator's own
+    if not modules:
+        return node.name or node.output[0]
+    return next((modules[-1].removesuffix(factor) for factor in FACTORS if modules[-1].endswith(factor)), modules[-1])
 
 
 def fits_in_one_file(size_bytes: int) -> bool:

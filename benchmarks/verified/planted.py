@@ -26,7 +26,7 @@ from flora.pipeline.proof import Exported, Protocol, prove
 from flora.preprocessing import Preprocessing
 from flora.training.data import TimmImages
 
-IMAGES, CALIBRATION_IMAGES = 500, 128
+IMAGES, CALIBRATION_IMAGES = 250, 128
 # What the dense model is known to reach on all test images.
 EXPECTED_TOP1 = 89.12
 SCALE, LARGE_WEIGHT = 4.0, 3e4

@@ -72,7 +72,8 @@ def product(model: ModelProto, layer: str) -> NodeProto:
     return [
         node
         for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm") and any(f"'{layer}" in entry.value for entry in node.metadata_props)
+        if node.op_type in ("MatMul", "Gemm", "Conv")
+        and any(f"'{layer}" in entry.value for entry in node.metadata_props)
     ][-1]
 
 
@@ -149,7 +150,7 @@ def test_an_overflow_of_fp16_is_named_though_onnx_runtime_hides_it(files, images
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-fp16"])
-@pytest.mark.parametrize("layer", ["blocks.0.attn.proj", "blocks.2.attn.qkv", "blocks.5.mlp.fc2"])
+@pytest.mark.parametrize("layer", ["patch_embed.proj", "blocks.0.attn.proj", "blocks.2.attn.qkv", "blocks.5.mlp.fc2"])
 def test_a_scale_of_an_activation_that_is_four_times_too_large_is_named(files, images, tmp_path, precision, layer):
     model = onnx.load(files[precision])
     multiply(model, conversion(model, layer, 0).input[1], 4)
