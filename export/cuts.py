@@ -18,7 +18,6 @@ from flora.errors import InputError, few
 from flora.onnxfiles import layer_of
 
 PRODUCTS = ("MatMul", "Gemm")
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 # What a tensor is called where a piece makes it, and reads the same tensor of another file.
 FOUND = "{}/found"
 
@@ -79,8 +78,7 @@ def read_graph(path: Path) -> Graph:
 def common_layers(reference: Graph, suspect: Graph) -> list[Layer]:
     """The cuts of both graphs by module, in the reference's order; `InputError` for graphs of different models."""
     inner = set(_between_factors(reference))
-    # Sizes that are computed on the way are no layer's output.
-    typed = {name for name, kind in reference.types.items() if kind in FLOATS and name in suspect.types}
+    typed = reference.types.keys() & suspect.types.keys()
     cuts = [name for name in reference.makers if name in suspect.makers and name in typed and name not in inner]
     if reference.input != suspect.input or not set(reference.outputs) <= set(cuts):
         raise InputError(
