@@ -168,7 +168,7 @@ def _rebuild(context: click.Context, *, as_json: bool) -> None:
     ]
     if foreign := [parameter.opts[0] for parameter in given if parameter.name not in REBUILD]:
         raise click.UsageError(
-            f"--rebuild-engine builds the engines of a bundle alone: {', '.join(foreign)} is not for it."
+            f"--rebuild-engine builds the engines of a bundle alone; leave out {', '.join(foreign)}."
         )
     from export.engine_spec import BuildOptions
     from flora.cli.output import StepProgress, print_json, print_next

@@ -40,6 +40,7 @@ def test_without_a_gpu_there_is_nothing_to_time(gpu, tmp_path):
         TimingCache.of(tmp_path, "tensorrt 11.4.0")
 
 
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
 @pytest.mark.parametrize("known", [None, b"", b"not a cache"])
 def test_a_cache_is_kept_whole_whatever_lay_there(tmp_path, config, known):
     cache = TimingCache(tmp_path / "caches" / "one.timing")
