@@ -34,7 +34,7 @@ REBUILD = ("model", "rebuild_engine", "batches", "compute_capabilities", *BUILD,
 @click.option("--ranks", type=click.Path(path_type=Path), help="Cut MODEL, a supernet folder, at this rank config.")
 @targets_option
 @click.option("--eval-data", metavar="IMAGES", help=f"Images that every step is verified on: {IMAGES_HELP}.")
-@runtime_option("What runs the ONNX files: ort-cpu or ort-cuda (ONNX Runtime), or openvino.")
+@runtime_option("What runs the ONNX files: ort-cpu, ort-cuda or ort-tensorrt (ONNX Runtime), or openvino.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write the bundle to.")
 @click.option(
     "--reference",

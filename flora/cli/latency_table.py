@@ -25,7 +25,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.command("latency-table")
 @model_kwargs_option
 @click.argument("model")
-@runtime_option("ort-cpu or ort-cuda (ONNX Runtime), openvino, tensorrt, torch or torch-cuda.")
+@runtime_option("ort-cpu, ort-cuda or ort-tensorrt (ONNX Runtime), openvino, tensorrt, torch or torch-cuda.")
 @click.option(
     "--batch",
     "batches",

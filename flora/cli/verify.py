@@ -11,7 +11,7 @@ from flora.cli.options import IMAGES_HELP, json_option, max_drop_option, threads
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", metavar="IMAGES", help=f"Labelled images to measure accuracy on: {IMAGES_HELP}.")
 @max_drop_option(None, "that of the export")
-@click.option("--runtime", metavar="RUNTIME", help="Run on ort-cpu, ort-cuda or openvino instead.")
+@click.option("--runtime", metavar="RUNTIME", help="Run on ort-cpu, ort-cuda, ort-tensorrt or openvino instead.")
 @click.option(
     "--trust-engines", is_flag=True, help="Run version-compatible engines too, which bring code of their own."
 )

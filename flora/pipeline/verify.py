@@ -55,9 +55,9 @@ def verify_bundle(
     bundle = load_bundle(folder)
     manifest = bundle.manifest
     if problems := check_hashes(bundle):
-        engines = tuple(entry.path for entry in manifest.artifacts if entry.kind == "engine")
-        rebuilt = engines and all(line.startswith(engines) for line in problems)
-        advice = f" Build it anew: flora export {folder} --rebuild-engine" if rebuilt else ""
+        built = tuple(entry.path for entry in manifest.artifacts if entry.kind == "engine")
+        concern_engines = bool(built) and all(line.startswith(built) for line in problems)
+        advice = f" Build it anew: flora export {folder} --rebuild-engine" if concern_engines else ""
         raise GateFailedError(
             f"{folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run.{advice}"
         )
