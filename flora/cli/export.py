@@ -118,6 +118,8 @@ def command(
     if rebuild_engine:
         _rebuild(context, as_json=as_json)
         return
+    if timing_cache is not None and "tensorrt" not in targets:
+        raise click.UsageError("--timing-cache is for engines of TensorRT; name it with --to tensorrt.")
     if eval_data is None or out is None:
         raise click.UsageError("Missing option '--eval-data' or '--out': an export is verified on images, and written.")
     if not precisions and (calib_data or select_data or compare):

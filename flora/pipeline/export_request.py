@@ -70,8 +70,8 @@ class ExportRequest:
             raise InputError("Batch profiles and how to build are for engines, and none is among the targets.")
         if self.build.for_tensorrt and TENSORRT not in backends:
             raise InputError(
-                f"{few(self.build.for_tensorrt)} is for {TENSORRT} only, which is not among the targets: "
-                f"{RTX} takes none, since {NOT_OF_RTX[self.build.for_tensorrt[0]]}."
+                f"{few(name.replace('_', ' ') for name in self.build.for_tensorrt)}: for {TENSORRT} only, which is not "
+                f"among the targets. {RTX} takes none, since {NOT_OF_RTX[self.build.for_tensorrt[0]]}."
             )
         smallest, usual, largest = self.batches
         specs = [

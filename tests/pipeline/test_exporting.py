@@ -129,6 +129,32 @@ def test_compute_capabilities_apply_to_tensorrt_rtx_alone(worked, tmp_path):
     assert_nothing_at(tmp_path / "bundle")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--profile", "1,1,1"), "for engines, and none is among the targets"),
+        (("--to", "tensorrt-rtx", "--builder-level", 4), "for tensorrt only"),
+        (("--to", "tensorrt-rtx", "--hardware-compatible", "ampere-plus"), "name the GPUs as compute capabilities"),
+        (("--to", "tensorrt-rtx", "--version-compatible"), "the version that built them alone"),
+        (("--to", "tensorrt-rtx", "--profile", "1,8,64"), "given twice: 1/8/64 and 1/8/64"),
+    ],
+)
+def test_what_no_engine_asked_for_takes_is_refused(worked, tmp_path, options, said):
+    pytest.importorskip("tensorrt_rtx")
+    assert_refused(export(worked.compact, worked.images, tmp_path / "bundle", *options), said)
+    assert_nothing_at(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("missing", ["--eval-data", "--out"])
+def test_images_and_a_folder_to_write_are_needed(worked, tmp_path, missing):
+    given = {"--eval-data": worked.images, "--out": tmp_path / "bundle"}
+    del given[missing]
+    outcome = flora("export", worked.compact, *(word for pair in given.items() for word in pair))
+    assert outcome.code == 2
+    assert missing in outcome.message
+    assert_nothing_at(tmp_path / "bundle")
+
+
 def test_an_unknown_compute_capability_is_refused(worked, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     outcome = export(
