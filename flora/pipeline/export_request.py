@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from export.attestation import Attestation, Requirement
-from export.device import cuda_runtime
+from export.device import required_gpu
 from export.engine_spec import AS_USUAL, NOT_OF_RTX, RTX, BuildOptions, EngineSpec
 from export.engines import backend_version
 from export.runtimes import ORT_CPU, TENSORRT, check_loads_onnx, runtime_version
@@ -88,7 +88,7 @@ class ExportRequest:
         for spec in specs:
             backend_version(spec.backend)
             if spec.backend == TENSORRT:  # whose engines are looked into on the GPU that they are built for
-                cuda_runtime()
+                required_gpu(f"An engine of {TENSORRT}")
         check_loads_onnx(self.runtime)
         runtime_version(self.runtime)
         for precision in self.low_precisions:

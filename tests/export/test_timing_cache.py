@@ -36,7 +36,7 @@ def test_each_version_gpu_and_driver_has_a_file_of_its_own(gpu, tmp_path):
 
 def test_without_a_gpu_there_is_nothing_to_time(gpu, tmp_path):
     gpu.is_there = False
-    with pytest.raises(BackendMissingError, match="there is none here"):
+    with pytest.raises(BackendMissingError, match="CUDA finds none here"):
         TimingCache.of(tmp_path, "tensorrt 11.4.0")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_gpu import FakeGpu, fake_tensorrt, install
 from tests.flora_command import assert_nothing_at, assert_refused, flora, leftovers
 from tests.worked_example import QUICK
 
@@ -120,6 +121,15 @@ def test_tensorrt_without_its_package_exits_4_before_anything_is_written(worked,
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--to", "onnx,tensorrt")
     assert_refused(outcome, "tensorrt is not installed", "pip install 'flora-vit[gpu]'", code=4)
+    assert_nothing_at(tmp_path / "bundle")
+
+
+def test_tensorrt_without_a_gpu_exits_4_before_anything_is_written(worked, tmp_path, monkeypatch):
+    gpu = FakeGpu()
+    gpu.is_there = False
+    install(monkeypatch, gpu, fake_tensorrt(lambda plan: None))
+    outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--to", "onnx,tensorrt")
+    assert_refused(outcome, "An engine of tensorrt needs the NVIDIA GPU", code=4)
     assert_nothing_at(tmp_path / "bundle")
 
 
