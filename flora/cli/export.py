@@ -33,7 +33,11 @@ REBUILD = ("model", "rebuild_engine", "batches", "compute_capabilities", *BUILD,
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--ranks", type=click.Path(path_type=Path), help="Cut MODEL, a supernet folder, at this rank config.")
 @targets_option
-@click.option("--eval-data", metavar="IMAGES", help=f"Images that every step is verified on: {IMAGES_HELP}.")
+@click.option(
+    "--eval-data",
+    metavar="IMAGES",
+    help=f"Images that every step is verified on; needed, as -o is, but for --rebuild-engine: {IMAGES_HELP}.",
+)
 @runtime_option("What runs the ONNX files: ort-cpu, ort-cuda or ort-tensorrt (ONNX Runtime), or openvino.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write the bundle to.")
 @click.option(
