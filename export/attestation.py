@@ -15,6 +15,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from export.attention import attention_blocks, fused_blocks
 from export.inspector import kernels_of_engine
 from export.kernels import PRECISIONS, Kernel, kernels_of_onnxruntime, kernels_of_openvino
 from export.runtimes import RUNTIMES, open_runner
@@ -29,7 +30,8 @@ class Attestation(BaseModel):
     """By precision, the share of the time in products (of their number, where no times are known), and their number.
 
     A product is a matrix product or a convolution, those of attention included; a kernel that fuses attention counts
-    whole. `conversion_share` is what quantizing, casting and reordering take, of all that was run.
+    whole. `conversion_share` is what quantizing, casting and reordering take, of all that was run. `fused_attention` is
+    how many of the `attention_blocks` one kernel runs whole, unknown where the runtime does not say what it fused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,11 +41,15 @@ class Attestation(BaseModel):
     shares: dict[str, float]
     products: dict[str, int]
     conversion_share: float
+    attention_blocks: int | None = None
+    fused_attention: int | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.shares.keys() != self.products.keys() or not math.isclose(sum(self.shares.values()), 1):
             raise ValueError(f"shares must sum to 1, of the precisions {list(self.products)}; got {self.shares}")
+        if self.fused_attention is not None and not 0 <= self.fused_attention <= (self.attention_blocks or 0):
+            raise ValueError(f"{self.fused_attention} of {self.attention_blocks} attention blocks cannot be fused")
         return self
 
 
@@ -58,29 +64,38 @@ def attest(path: Path, runtime: str, images: np.ndarray, *, threads: int | None 
         provider = runner.provider
     if runtime == "openvino":
         kernels = kernels_of_openvino(path, images, threads=threads)
-        return _attestation("execution graph of OpenVINO", "time", kernels, str(path))
+        return _attestation("execution graph of OpenVINO", "time", kernels, str(path), attention_blocks(path))
     kernels = kernels_of_onnxruntime(path, provider, images, threads=threads)
     weighted_by: Literal["time", "count"] = "count" if RUNTIMES[runtime].on_gpu else "time"
-    return _attestation("profile of ONNX Runtime", weighted_by, kernels, str(path))
+    # Where it fuses attention, ONNX Runtime does not say what of.
+    blocks = None if any("Attention" in name for kernel in kernels for name in kernel.nodes) else attention_blocks(path)
+    return _attestation("profile of ONNX Runtime", weighted_by, kernels, str(path), blocks)
 
 
-def attest_engine(path: Path, *, trusted: bool = False) -> Attestation:
+def attest_engine(path: Path, *, source: Path | None = None, trusted: bool = False) -> Attestation:
     """What the products of TensorRT's engine `path`, for the GPU that is present, are computed in.
+
+    By the ONNX file `source` that it was built from, its attention blocks are known.
 
     The engine must have been built with detailed verbosity, else `InputError`; one that brings code of its own must be
     `trusted`.
     """
     with TensorRtRunner(path, trusted=trusted) as runner:
-        return attest_inspected(runner.inspected(), str(path))
+        return attest_inspected(runner.inspected(), str(path), source)
 
 
-def attest_inspected(inspector_json: str, what: str) -> Attestation:
+def attest_inspected(inspector_json: str, what: str, source: Path | None = None) -> Attestation:
     """The same from the JSON of the engine inspector; `what` is called so in errors."""
-    return _attestation("engine inspector of TensorRT", "count", kernels_of_engine(inspector_json), what)
+    blocks = None if source is None else attention_blocks(source)
+    return _attestation("engine inspector of TensorRT", "count", kernels_of_engine(inspector_json), what, blocks)
 
 
 def _attestation(
-    source: Source, weighted_by: Literal["time", "count"], kernels: Sequence[Kernel], what: str
+    source: Source,
+    weighted_by: Literal["time", "count"],
+    kernels: Sequence[Kernel],
+    what: str,
+    blocks: Sequence[frozenset[str]] | None,
 ) -> Attestation:
     weights: dict[str, float] = defaultdict(float)
     products: dict[str, int] = defaultdict(int)
@@ -95,12 +110,17 @@ def _attestation(
     if not products:
         raise InputError(f"{what} shows no matrix product or convolution, so there is nothing to attest.")
     total = sum(weights.values())
+    told = blocks is not None and any(kernel.nodes for kernel in kernels)
     return Attestation(
         source=source,
         weighted_by=weighted_by,
         shares={precision: weight / total for precision, weight in weights.items()},
         products=products,
         conversion_share=conversions / everything,
+        attention_blocks=None if blocks is None else len(blocks),
+        fused_attention=fused_blocks(blocks, (kernel.nodes for kernel in kernels))
+        if told and blocks is not None
+        else None,
     )
 
 

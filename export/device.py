@@ -43,3 +43,11 @@ def present_gpu() -> Gpu | None:
         cuda=f"{version // 1000}.{version % 1000 // 10}",
         driver=gpu_facts().get("driver"),
     )
+
+
+def required_gpu(what: str) -> Gpu:
+    """The first GPU that this process sees; `BackendMissingError` where there is none for `what` needs one."""
+    gpu = present_gpu()
+    if gpu is None:
+        raise BackendMissingError(f"{what} needs the NVIDIA GPU that it is for, and CUDA finds none here.")
+    return gpu

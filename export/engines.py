@@ -7,7 +7,9 @@ file, readable by any tool of the same version.
 
 import importlib
 import re
+from collections import deque
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,7 @@ from flora.errors import BackendMissingError, FloraError, InputError
 MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 EXTRAS = {RTX: "rtx", TENSORRT: "gpu"}
 MIB = 2**20
+KEPT_MESSAGES = 100
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|bad_alloc|could not be allocated", re.IGNORECASE)
 LITTLE_WORKSPACE = re.compile(r"workspace", re.IGNORECASE)
 
@@ -39,6 +42,7 @@ def engine_from_onnx(onnx_path: Path, path: Path, spec: EngineSpec, *, timing_ca
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path} does not exist; give an ONNX file.")
     logger = collecting_logger(trt)
+    logger.forget()
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     _parse(trt, network, logger, onnx_path)
@@ -96,14 +100,22 @@ def _network_flags(trt: ModuleType) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
+@cache
 def collecting_logger(trt: ModuleType) -> Any:
-    """A logger that keeps errors and warnings and prints nothing; its base class is there only with a backend."""
+    """The logger of a backend, which keeps the latest errors and warnings and prints nothing.
+
+    There is one in a process: while an engine is open, its library goes on with the logger that it was opened with.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
+            self.errors: deque[str] = deque(maxlen=KEPT_MESSAGES)
+            self.warnings: deque[str] = deque(maxlen=KEPT_MESSAGES)
+
+        def forget(self) -> None:
+            self.errors.clear()
+            self.warnings.clear()
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
@@ -166,6 +178,6 @@ def _check_input(network: Any, spec: EngineSpec, onnx_path: Path) -> None:
         raise InputError(f"{onnx_path} has a fixed batch of {batch}; give {batch} as min, opt and max, and no others.")
 
 
-def _last(errors: list[str]) -> str:
+def _last(errors: Sequence[str]) -> str:
     text = errors[-1] if errors else "no reason was given"
     return re.sub(r"\s+", " ", text).strip().rstrip(".") + "."

@@ -14,6 +14,7 @@ from flora.errors import InputError
 PRODUCT_TYPE = re.compile(r"gemm|conv(?!ert)|matrixmultiply|mha|attention", re.IGNORECASE)
 # Fused layers are known by the names of their kernels only; Fc is what a generated one calls a matrix product.
 PRODUCT_TACTIC = re.compile(r"gemm|gemv|fprop|fmha|_mha_|__myl_\w*?Fc(?=[A-Z_]|$)")
+ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 CONVERSION = re.compile(r"reformat|cast|quantize", re.IGNORECASE)
 
 
@@ -41,6 +42,7 @@ def _kernel(layer: dict[str, Any]) -> Kernel:
         weight=1,
         products=int(multiplies),
         converts=not multiplies and bool(CONVERSION.search(kind)),
+        nodes=frozenset(ONNX_NODE.findall(layer.get("Metadata", ""))),
     )
 
 

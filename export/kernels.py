@@ -40,12 +40,16 @@ OPENVINO_CONVERSIONS = ("Reorder", "Convert", "FakeQuantize")
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One thing that was run: `products` is how many it holds, `weight` its microseconds, or 1 where none are known."""
+    """One thing that was run: `products` is how many it holds, `weight` its microseconds, or 1 where none are known.
+
+    `nodes` are those of the file that it was made of, where the runtime says so.
+    """
 
     precision: str
     weight: float
     products: int = 0
     converts: bool = False
+    nodes: frozenset[str] = frozenset()
 
 
 def kernels_of_onnxruntime(path: Path, provider: str, images: np.ndarray, *, threads: int | None) -> list[Kernel]:
@@ -76,6 +80,7 @@ def _ort_kernel(runs: list[dict[str, Any]]) -> Kernel:
         weight=_microseconds(median(run["dur"] for run in runs[1:])),
         products=int(bool(ORT_PRODUCT.search(operator))),
         converts=bool(ORT_CONVERSION.match(operator)),
+        nodes=frozenset((runs[0]["name"].removesuffix("_kernel_time"),)),
     )
 
 
@@ -117,6 +122,7 @@ def _openvino_kernel(facts: dict[str, str], multiplying: set[str], microseconds:
         weight=_microseconds(microseconds),
         products=1 if kind in OPENVINO_PRODUCTS else fused,
         converts=kind in OPENVINO_CONVERSIONS,
+        nodes=frozenset(facts["originalLayersNames"].split(",")),
     )
 
 

@@ -23,8 +23,13 @@ NUMPY_TYPES: dict[str, type[np.floating]] = {
     "tensor(double)": np.float64,
 }
 CUDA = "CUDAExecutionProvider"
-# FP32 is what is said, so it is what is computed: without this, products on a GPU are rounded to 10 bits.
-PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+PROVIDER_OPTIONS = {
+    # FP32 is what is said, so it is what is computed: without this, products on a GPU are rounded to 10 bits.
+    CUDA: {"use_tf32": "0"},
+    # Nothing is read that another version or GPU has left.
+    TENSORRT_PROVIDER: {"trt_fp16_enable": "0", "trt_engine_cache_enable": "0"},
+}
 
 
 class Runner(Protocol):

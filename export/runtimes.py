@@ -4,7 +4,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.runners import CPU, CUDA, OnnxRunner, OpenVinoRunner, Runner
+from export.runners import CPU, CUDA, TENSORRT_PROVIDER, OnnxRunner, OpenVinoRunner, Runner
 from flora.errors import BackendMissingError, InputError, near_matches
 
 
@@ -57,12 +57,20 @@ RUNTIMES = {
         worthwhile=("fp16", "int8"),
         on_gpu=True,
     ),
+    # Hands the graph to TensorRT, which rounds products in FP32 to 10 bits, and what that does not take to CUDA.
+    "ort-tensorrt": Runtime(
+        label="ONNX Runtime on TensorRT", packages=("onnxruntime-gpu",), files=("fp32",), on_gpu=True
+    ),
     TENSORRT: Runtime(label="TensorRT", packages=("tensorrt",), precisions=("fp32", "int8"), on_gpu=True),
     TORCH: Runtime(label="torch", packages=("torch",), precisions=("fp32", "bf16")),
     TORCH_COMPILED: Runtime(label="torch compiled", packages=("torch",), precisions=()),
     TORCH_CUDA: Runtime(label="torch on CUDA", packages=("torch",), precisions=("fp32", "fp16", "bf16"), on_gpu=True),
     TORCH_CUDA_COMPILED: Runtime(label="torch compiled on CUDA", packages=("torch",), precisions=(), on_gpu=True),
 }
+
+
+# The first is the one that must load.
+PROVIDERS = {ORT_CPU: (CPU,), "ort-cuda": (CUDA,), "ort-tensorrt": (TENSORRT_PROVIDER, CUDA)}
 
 
 def precision_of_products(precision: str) -> str:
@@ -111,5 +119,4 @@ def open_runner(
     check_loads_onnx(runtime)
     if runtime == "openvino":
         return OpenVinoRunner(path, threads=threads, precision=precision, name=name)
-    provider = CPU if runtime == ORT_CPU else CUDA
-    return OnnxRunner(path, threads=threads, providers=(provider,), name=name, as_written=as_written)
+    return OnnxRunner(path, threads=threads, providers=PROVIDERS[runtime], name=name, as_written=as_written)

@@ -33,6 +33,7 @@ class TensorRtRunner:
         if not self.path.is_file():
             raise InputError(f"{path} does not exist; give an engine file.")
         self._logger = collecting_logger(trt)
+        self._logger.forget()
         self._runtime = trt.Runtime(self._logger)
         self._runtime.engine_host_code_allowed = trusted
         self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from export.device import present_gpu
+from export.device import required_gpu
 from flora.artifact import new_file
-from flora.errors import BackendMissingError
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,7 @@ class TimingCache:
     @classmethod
     def of(cls, folder: Path, builder: str) -> Self:
         """The one in `folder` for this GPU and driver, and the `builder`, which is a backend and its version."""
-        gpu = present_gpu()
-        if gpu is None:
-            raise BackendMissingError(f"{builder} builds for the GPU that is present, and there is none here.")
+        gpu = required_gpu(f"An engine of {builder}")
         facts = (builder, gpu.name, gpu.compute_capability, f"CUDA {gpu.cuda}", f"driver {gpu.driver}")
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
         readable = re.sub(r"[^\w.]+", "-", " ".join(facts[:3]))

@@ -1,5 +1,7 @@
 """What only an NVIDIA GPU can show. Skipped without one; FLORA_REQUIRE_GPU=1 turns the skip into a failure."""
 
+import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -10,12 +12,18 @@ import torch
 from calibrate.half import half_onnx
 from calibrate.ranges import measure_ranges
 from calibrate.static import quantize_onnx
+from export.attention import attention_blocks
 from export.attestation import attest_engine
 from export.comparison import compare
-from export.engines import EngineSpec, engine_from_onnx
+from export.device import present_gpu
+from export.engine_record import EngineRecord
+from export.engine_spec import COMPUTE_CAPABILITIES, EngineSpec
+from export.engines import backend_version, engine_from_onnx
 from export.onnx import onnx_from_module
 from export.runners import CPU, OnnxRunner
+from export.runtimes import open_runner
 from export.tensorrt_runner import TensorRtRunner
+from flora.errors import FloraError
 from flora.lowrank.checkpoint import load_model
 from flora.lowrank.compensate import compensate
 from flora.lowrank.materialize import materialize
@@ -30,7 +38,9 @@ from flora.training.data import TimmImages
 from flora.training.evaluate import logits_of
 from flora.training.filtering import score_block
 from flora.training.selection import SelectionImages, log_probabilities
+from tests.flora_command import flora
 from tests.samples import GREY, IMAGE, random_images, tiny_model
+from tests.worked_example import QUICK, worked_example
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +125,121 @@ def test_tensorrt_builds_an_engine_for_this_gpu_that_computes_what_the_file_says
         for batch in (2, 4, 1):
             images = random_images(batch).numpy()
             np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
+        on_gpu.bind(images)()
+
+
+def test_an_fp32_engine_computes_in_fp32_and_not_in_tf32(onnx_file: Path, tmp_path: Path):
+    engine, images = tmp_path / "model.engine", random_images(4).numpy()
+    engine_from_onnx(onnx_file, engine, EngineSpec(backend="tensorrt", max_batch=8))
+    assert set(attest_engine(engine).shares) == {"fp32"}
+    with TensorRtRunner(engine) as on_gpu, OnnxRunner(onnx_file) as on_cpu:
+        assert compare(on_cpu(images), on_gpu(images)).max_relative < 1e-3
+
+
+def test_every_batch_runs_in_a_profile_that_holds_it(onnx_file: Path, tmp_path: Path):
+    engine = tmp_path / "model.engine"
+    spec = EngineSpec(backend="tensorrt", min_batch=2, opt_batch=8, max_batch=16, more_profiles=((1, 1, 1),))
+    engine_from_onnx(onnx_file, engine, spec)
+    with TensorRtRunner(engine) as on_gpu, OnnxRunner(onnx_file) as on_cpu:
+        assert on_gpu.profiles == spec.profiles
+        for batch in (8, 1, 2, 16, 1, 1, 8):
+            images = random_images(batch).numpy()
+            np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
+        with pytest.raises(FloraError, match="2/8/16 and 1/1/1"):
+            on_gpu(random_images(17).numpy())
+
+
+def test_what_was_timed_is_kept_in_one_file_and_read_again(onnx_file: Path, tmp_path: Path):
+    spec, cache = EngineSpec(backend="tensorrt", max_batch=8), tmp_path / "timing"
+    sizes = []
+    for name in ("first", "second"):
+        engine_from_onnx(onnx_file, tmp_path / f"{name}.engine", spec, timing_cache=cache)
+        (file,) = cache.iterdir()
+        sizes.append(file.stat().st_size)
+    assert sizes[1] >= sizes[0] > 0
+    assert present_gpu().compute_capability in file.name
+    with TensorRtRunner(tmp_path / "second.engine") as on_gpu, OnnxRunner(onnx_file) as on_cpu:
+        images = random_images(2).numpy()
+        np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"builder_level": 1},
+        {"builder_level": 5, "workspace_mib": 1024},
+        {"hardware_compatible": "same-capability"},
+        {"hardware_compatible": "ampere-plus"},
+        {"version_compatible": True},
+    ],
+)
+def test_an_engine_is_built_as_asked_and_its_record_lets_it_pass_here(onnx_file: Path, tmp_path: Path, options: dict):
+    gpu = present_gpu()
+    assert gpu is not None
+    if options.get("hardware_compatible") == "ampere-plus" and int(gpu.compute_capability[2:]) < 80:
+        pytest.skip("a GPU before Ampere")
+    engine, spec = tmp_path / "model.engine", EngineSpec(backend="tensorrt", max_batch=8, **options)
+    engine_from_onnx(onnx_file, engine, spec)
+    record = EngineRecord.of(spec, source="onnx/model-fp32.onnx", build_seconds=1.0)
+    assert record.spec == spec
+    assert record.why_not_here(tmp_path) is None
+    assert record.why_rebuild("0.1", gpu) is not None
+    with TensorRtRunner(engine, trusted=spec.version_compatible) as on_gpu, OnnxRunner(onnx_file) as on_cpu:
+        images = random_images(3).numpy()
+        np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
+    if spec.version_compatible:
+        with pytest.raises(FloraError, match="does not load"):
+            TensorRtRunner(engine)
+
+
+def test_an_exported_engine_is_run_by_verify_and_rebuilt_in_place(tmp_path: Path):
+    worked, bundle = worked_example(tmp_path / "worked"), tmp_path / "bundle"
+    options = ("--to", "tensorrt", "--max-drop", 100, "--timing-cache", tmp_path / "timing", *QUICK)
+    exported = flora("export", worked.compact, "--eval-data", worked.images, "-o", bundle, *options)
+    assert exported.code == 0, exported
+    for step in ((), ("--profile", "1,1,1", "--builder-level", 2)):
+        if step:
+            assert flora("export", bundle, "--rebuild-engine", *step).code == 0
+        outcome = flora("verify", bundle, "--data", worked.images, "--threads", 1, "--json")
+        found = json.loads(outcome.out)
+        assert (outcome.code, found["passed"]) == (0, True), outcome
+        assert found["engines"] == {"factorized, tensorrt": "verified"}
+    engine = bundle / "engines" / "model-fp32-tensorrt.engine"
+    engine.write_bytes(engine.read_bytes()[:1000])
+    assert "is truncated, 1,000 of" in flora("verify", bundle).message
+
+
+def test_an_engine_of_tensorrt_rtx_runs_where_its_gpu_is(onnx_file: Path, tmp_path: Path):
+    gpu = present_gpu()
+    if (
+        importlib.util.find_spec("tensorrt_rtx") is None
+        or gpu.compute_capability not in COMPUTE_CAPABILITIES["tensorrt-rtx"]
+    ):
+        pytest.skip("TensorRT-RTX is not installed, or knows no kernels for this GPU")
+    engine = tmp_path / "model.engine"
+    spec = EngineSpec(backend="tensorrt-rtx", max_batch=8, compute_capabilities=(gpu.compute_capability,))
+    engine_from_onnx(onnx_file, engine, spec)
+    record = EngineRecord.of(spec, source="onnx/model-fp32.onnx", build_seconds=1.0)
+    assert record.why_rebuild(backend_version("tensorrt-rtx"), gpu) is None
+    with TensorRtRunner(engine, backend="tensorrt-rtx") as on_gpu, OnnxRunner(onnx_file) as on_cpu:
+        images = random_images(3).numpy()
+        np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
+
+
+def test_an_engine_tells_which_attention_blocks_are_fused(onnx_file: Path, tmp_path: Path):
+    engine, half = tmp_path / "model.engine", tmp_path / "half.onnx"
+    half_onnx(onnx_file, half, "fp16")
+    engine_from_onnx(half, engine, EngineSpec(backend="tensorrt", max_batch=8))
+    found = attest_engine(engine, source=half)
+    assert found.attention_blocks == len(attention_blocks(half)) > 0
+    assert found.fused_attention is not None
+
+
+def test_onnx_runtime_on_tensorrt_equals_the_cpu(onnx_file: Path):
+    images = random_images(3).numpy()
+    with open_runner("ort-tensorrt", onnx_file) as on_gpu, OnnxRunner(onnx_file) as on_cpu:
+        assert on_gpu.provider == "TensorrtExecutionProvider"
+        np.testing.assert_allclose(on_gpu(images), on_cpu(images), rtol=1e-2, atol=1e-2)
         on_gpu.bind(images)()
 
 

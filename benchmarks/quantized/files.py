@@ -36,6 +36,12 @@ RANDOM_MODELS = {
     "vit-s": "vit_small_patch16_224",
     "swin-t": "swin_tiny_patch4_window7_224",
 }
+ENGINE_MODELS = {
+    "deit-s": "deit_small_patch16_224",
+    "swin-t": "swin_tiny_patch4_window7_224",
+    "vit-b": "vit_base_patch16_224",
+    "deit3-s": "deit3_small_patch16_224",
+}
 SIZE = (3, 224, 224)
 FORMS = ("dense", "factorized")
 FASHION_BUDGET, RANDOM_BUDGET = 20, "50%"
@@ -138,7 +144,7 @@ def random_fp32(name: str, form: str) -> Path:
     if path.is_file():
         return path
     torch.manual_seed(0)
-    model = load_model(RANDOM_MODELS[name], untrained=True)
+    model = load_model((RANDOM_MODELS | ENGINE_MODELS)[name], untrained=True)
     if form == "dense":
         onnx_from_module(model.module, path, preprocessing=model.config.preprocessing)
     else:

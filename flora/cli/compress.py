@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     help="Images that nothing else has seen, read once at the end. Without them the bundle is verified on the "
     "selection images, and says so.",
 )
-@runtime_option("What runs the ONNX files: ort-cpu or ort-cuda (ONNX Runtime), or openvino.")
+@runtime_option("What runs the ONNX files: ort-cpu, ort-cuda or ort-tensorrt (ONNX Runtime), or openvino.")
 @out_option("bundle")
 @targets_option
 @precision_options("--export-precision")

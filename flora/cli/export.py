@@ -35,8 +35,12 @@ REBUILD = ("model", "rebuild_engine", "batches", "compute_capabilities", *BUILD,
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--ranks", type=click.Path(path_type=Path), help="Cut MODEL, a supernet folder, at this rank config.")
 @targets_option
-@click.option("--eval-data", metavar="IMAGES", help=f"Images that every step is verified on: {IMAGES_HELP}.")
-@runtime_option("What runs the ONNX files: ort-cpu or ort-cuda (ONNX Runtime), or openvino.")
+@click.option(
+    "--eval-data",
+    metavar="IMAGES",
+    help=f"Images that every step is verified on; needed, as -o is, but for --rebuild-engine: {IMAGES_HELP}.",
+)
+@runtime_option("What runs the ONNX files: ort-cpu, ort-cuda or ort-tensorrt (ONNX Runtime), or openvino.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write the bundle to.")
 @click.option(
     "--reference",
@@ -124,6 +128,8 @@ def command(
     if rebuild_engine:
         _rebuild(context, as_json=as_json)
         return
+    if timing_cache is not None and "tensorrt" not in targets:
+        raise click.UsageError("--timing-cache is for engines of TensorRT; name it with --to tensorrt.")
     if eval_data is None or out is None:
         raise click.UsageError("Missing option '--eval-data' or '--out': an export is verified on images, and written.")
     if not precisions and (calib_data or select_data or compare):
@@ -176,7 +182,7 @@ def _rebuild(context: click.Context, *, as_json: bool) -> None:
     ]
     if foreign := [parameter.opts[0] for parameter in given if parameter.name not in REBUILD]:
         raise click.UsageError(
-            f"--rebuild-engine builds the engines of a bundle alone: {', '.join(foreign)} is not for it."
+            f"--rebuild-engine builds the engines of a bundle alone; leave out {', '.join(foreign)}."
         )
     from export.engine_spec import BuildOptions
     from flora.cli.output import StepProgress, print_json, print_next

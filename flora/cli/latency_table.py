@@ -19,7 +19,7 @@ from flora.cli.options import (
 @click.command("latency-table")
 @model_kwargs_option
 @click.argument("model")
-@runtime_option("ort-cpu or ort-cuda (ONNX Runtime), openvino, tensorrt, torch or torch-cuda.")
+@runtime_option("ort-cpu, ort-cuda or ort-tensorrt (ONNX Runtime), openvino, tensorrt, torch or torch-cuda.")
 @click.option(
     "--batch",
     "batches",

@@ -169,6 +169,9 @@ def print_precisions(manifest: Manifest) -> None:
                     str(len(made.high)) if made else "-",
                     "-" if seen is None else ", ".join(f"{name} {share:.0%}" for name, share in seen.shares.items()),
                     "-" if seen is None else f"{seen.conversion_share:.0%}",
+                    "-"
+                    if seen is None or seen.fused_attention is None
+                    else f"{seen.fused_attention} of {seen.attention_blocks}",
                 ]
             )
     if rows:
@@ -181,6 +184,7 @@ def print_precisions(manifest: Manifest) -> None:
                 "layers kept high",
                 "products computed in",
                 "conversions",
+                "attention in one kernel",
             ],
             rows,
             title="Lower precisions: how they were made, and what really computes",

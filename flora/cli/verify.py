@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="IMAGES", help=f"Labelled images to measure accuracy on: {IMAGES_HELP}.")
 @max_drop_option(None, "that of the export")
 @threshold_option
-@click.option("--runtime", metavar="RUNTIME", help="Run on ort-cpu, ort-cuda or openvino instead.")
+@click.option("--runtime", metavar="RUNTIME", help="Run on ort-cpu, ort-cuda, ort-tensorrt or openvino instead.")
 @click.option(
     "--bisect",
     "with_bisection",

@@ -99,6 +99,11 @@ _PROBES: tuple[tuple[str, Callable[[], str], str], ...] = (
         _onnxruntime_provider("CUDAExecutionProvider"),
         "on a GPU: pip uninstall onnxruntime, then pip install 'flora-vit[gpu]'",
     ),
+    (
+        "ONNX Runtime, TensorRT",
+        _onnxruntime_provider("TensorrtExecutionProvider"),
+        "on a GPU: pip install 'flora-vit[gpu]', with the version of TensorRT that onnxruntime-gpu was built for",
+    ),
     ("TensorRT-RTX", _engine_builder("tensorrt_rtx"), "pip install 'flora-vit[rtx]'"),
     (
         "TensorRT",

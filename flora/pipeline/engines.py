@@ -87,7 +87,7 @@ def build_engine(spec: EngineSpec, source: Source, folder: Path, *, timing_cache
     if spec.backend != TENSORRT:
         return BuiltEngine(source=source, record=record)
     try:  # on the GPU that it was built for, which is present
-        attestation = attest_engine(path, trusted=True)  # it was built right here
+        attestation = attest_engine(path, source=folder / source.path, trusted=True)  # it was built right here
     except FloraError as error:
         return BuiltEngine(source=source, record=record, unseen=f"what it computes in could not be seen: {error}")
     return BuiltEngine(source=source, record=record, attestation=attestation)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from export.attestation import Attestation, Requirement
-from export.device import cuda_runtime
+from export.device import required_gpu
 from export.engine_spec import AS_USUAL, NOT_OF_RTX, RTX, BuildOptions, EngineSpec
 from export.engines import backend_version
 from export.runtimes import ORT_CPU, TENSORRT, check_loads_onnx, precision_of_products, runtime_version
@@ -74,8 +74,8 @@ class ExportRequest:
             raise InputError("Batch profiles and how to build are for engines, and none is among the targets.")
         if self.build.for_tensorrt and TENSORRT not in backends:
             raise InputError(
-                f"{few(self.build.for_tensorrt)} is for {TENSORRT} only, which is not among the targets: "
-                f"{RTX} takes none, since {NOT_OF_RTX[self.build.for_tensorrt[0]]}."
+                f"{few(name.replace('_', ' ') for name in self.build.for_tensorrt)}: for {TENSORRT} only, which is not "
+                f"among the targets. {RTX} takes none, since {NOT_OF_RTX[self.build.for_tensorrt[0]]}."
             )
         smallest, usual, largest = self.batches
         specs = [
@@ -92,7 +92,7 @@ class ExportRequest:
         for spec in specs:
             backend_version(spec.backend)
             if spec.backend == TENSORRT:  # whose engines are looked into on the GPU that they are built for
-                cuda_runtime()
+                required_gpu(f"An engine of {TENSORRT}")
         check_loads_onnx(self.runtime)
         runtime_version(self.runtime)
         for precision in self.low_precisions:

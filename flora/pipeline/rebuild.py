@@ -8,7 +8,7 @@ from typing import Any
 
 from export.attestation import Requirement
 from export.bundle import MANIFEST, ArtifactEntry, Bundle, check_hashes, hash_files, load_bundle
-from export.device import cuda_runtime
+from export.device import required_gpu
 from export.engine_spec import AS_USUAL, RTX, BuildOptions, EngineSpec
 from export.engines import backend_version
 from export.runtimes import TENSORRT
@@ -114,7 +114,7 @@ def _specs(old: dict[str, ArtifactEntry], request: RebuildRequest, folder: Path)
     for backend in backends:
         backend_version(backend)
         if backend == TENSORRT:
-            cuda_runtime()
+            required_gpu(f"An engine of {TENSORRT}")
     return specs
 
 

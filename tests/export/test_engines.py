@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.engine_spec import EngineSpec
-from export.engines import backend_version, build_advice, engine_from_onnx
+from export.engines import backend_module, backend_version, build_advice, collecting_logger, engine_from_onnx
 from flora.errors import BackendMissingError, FloraError, InputError
 
 RTX = EngineSpec(backend="tensorrt-rtx", opt_batch=4, max_batch=8, compute_capabilities=("sm89",))
@@ -60,6 +60,19 @@ def test_a_fixed_batch_must_be_the_profile(onnx_file, tmp_path):
     onnx.save(model, tmp_path / "fixed.onnx")
     with pytest.raises(FloraError, match="fixed batch of 2"):
         engine_from_onnx(tmp_path / "fixed.onnx", tmp_path / "m.engine", RTX)
+
+
+@needs_rtx
+def test_each_build_tells_its_own_errors(onnx_file, tmp_path):
+    """While another builder lives, the library goes on with the logger that it began with."""
+    trt = backend_module("tensorrt-rtx")
+    alive = trt.Builder(collecting_logger(trt))
+    (tmp_path / "bad.onnx").write_bytes(b"not onnx")
+    with pytest.raises(InputError, match=r"bad\.onnx cannot become an engine"):
+        engine_from_onnx(tmp_path / "bad.onnx", tmp_path / "m.engine", RTX)
+    with pytest.raises(FloraError, match=r"within workspace limit.*The workspace of 1 MiB is too small"):
+        engine_from_onnx(onnx_file, tmp_path / "m.engine", replace(RTX, workspace_mib=1))
+    assert alive
 
 
 @needs_rtx

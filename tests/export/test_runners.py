@@ -12,12 +12,14 @@ from export_samples import random_images, tiny_model
 from torch import nn
 
 from export.runners import CPU, OnnxRunner, OpenVinoRunner
+from export.runtimes import PROVIDERS, open_runner
 from export.torch_runner import TorchRunner
 from flora.errors import BackendMissingError, InputError
 
 TORCH_FREE = (
     *("verify", "images", "preprocessing", "runners", "bundle", "benchmark", "engines", "runtimes"),
     *("tensorrt_runner", "inputs", "latency", "memory"),
+    *("tensorrt_runner", "engine_record", "timing_cache", "padded"),
 )
 
 
@@ -105,15 +107,31 @@ def test_a_provider_that_is_not_there_is_refused(onnx_file):
         OnnxRunner(onnx_file, providers=("ImaginaryExecutionProvider",))
 
 
-def test_a_silent_fall_back_to_the_cpu_is_refused(onnx_file, monkeypatch):
-    """A package that claims CUDA without a driver: the list names it, the session loads the CPU."""
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+@pytest.mark.parametrize(
+    ("runtime", "provider"),
+    [("ort-cuda", "CUDAExecutionProvider"), ("ort-tensorrt", "TensorrtExecutionProvider")],
+)
+@pytest.mark.parametrize("loads", [(), ("CUDAExecutionProvider",)])
+def test_a_silent_fall_back_to_another_provider_is_refused(onnx_file, monkeypatch, runtime, provider, loads):
+    """A package that claims GPUs without a driver, or without TensorRT: the list names it, the session has others."""
+    asked = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*PROVIDERS["ort-tensorrt"], CPU])
     plain_session = onnxruntime.InferenceSession
-    monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, options, providers: plain_session(path, options, providers=[CPU])
-    )
-    with pytest.raises(BackendMissingError, match=f"asked for CUDAExecutionProvider and loaded {CPU}"):
-        OnnxRunner(onnx_file, providers=("CUDAExecutionProvider",))
+
+    def session(path, options, providers):
+        asked.extend(providers)
+        opened = plain_session(path, options, providers=[CPU])
+        monkeypatch.setattr(opened, "get_providers", lambda: [*loads, CPU])
+        return opened
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    if provider in loads:
+        assert open_runner(runtime, onnx_file).provider == provider
+    else:
+        with pytest.raises(BackendMissingError, match=f"asked for {provider} and loaded {', '.join([*loads, CPU])}"):
+            open_runner(runtime, onnx_file)
+    assert [name for name, _ in asked] == list(PROVIDERS[runtime])
+    assert all(value == "0" for _, options in asked for value in options.values())
 
 
 def test_a_missing_runtime_says_what_to_install(onnx_file, monkeypatch):
@@ -195,6 +213,7 @@ for name in ("torch", "torchvision", "timm", "onnx"):
     sys.modules[name] = None
 import {", ".join(f"export.{name}" for name in TORCH_FREE)}
 from export.images import LabelledImages
+from export.runtimes import PROVIDERS, open_runner
 from export.runners import OnnxRunner
 from export.verify import Stage, verify
 from flora.preprocessing import Preprocessing

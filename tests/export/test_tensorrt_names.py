@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorrt_names import MODULE, Published, Reader, Use, is_in, published_by_bindings, published_by_stubs
 
-from export.engine_spec import COMPUTE_CAPABILITIES
+from export.engine_spec import COMPUTE_CAPABILITIES, HARDWARE_LEVELS
 
 ROOT = Path(__file__).parent.parent.parent
 STUBS, BINDINGS = "tensorrt-stubs==10.13.0.35.1", "tensorrt-cu13-bindings==11.4.0.106"
@@ -101,6 +101,8 @@ def test_tensorrt_10_and_11_have_every_name_that_our_sources_use(ours, stubs, bi
     assert lacking(ours, stubs, bindings) - RTX_ONLY == set()
     assert ours >= RTX_ONLY
     assert lacking(RTX_ONLY, stubs, bindings) == RTX_ONLY
+    levels = {Use("HardwareCompatibilityLevel", name) for name in HARDWARE_LEVELS.values()}
+    assert lacking(levels, stubs, bindings) == set()
 
 
 def test_tensorrt_rtx_has_every_name_that_our_sources_use(ours):

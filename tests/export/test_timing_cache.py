@@ -36,10 +36,11 @@ def test_each_version_gpu_and_driver_has_a_file_of_its_own(gpu, tmp_path):
 
 def test_without_a_gpu_there_is_nothing_to_time(gpu, tmp_path):
     gpu.is_there = False
-    with pytest.raises(BackendMissingError, match="there is none here"):
+    with pytest.raises(BackendMissingError, match="CUDA finds none here"):
         TimingCache.of(tmp_path, "tensorrt 11.4.0")
 
 
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
 @pytest.mark.parametrize("known", [None, b"", b"not a cache"])
 def test_a_cache_is_kept_whole_whatever_lay_there(tmp_path, config, known):
     cache = TimingCache(tmp_path / "caches" / "one.timing")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from export.images import LabelledImages
+from tests.fake_gpu import FakeGpu, fake_tensorrt, install
 from tests.flora_command import assert_nothing_at, assert_refused, flora, leftovers
 from tests.samples import GREY
 from tests.worked_example import QUICK, write_tar
@@ -156,9 +157,44 @@ def test_tensorrt_without_its_package_exits_4_before_anything_is_written(worked,
     assert_nothing_at(tmp_path / "bundle")
 
 
+def test_tensorrt_without_a_gpu_exits_4_before_anything_is_written(worked, tmp_path, monkeypatch):
+    gpu = FakeGpu()
+    gpu.is_there = False
+    install(monkeypatch, gpu, fake_tensorrt(lambda plan: None))
+    outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--to", "onnx,tensorrt")
+    assert_refused(outcome, "An engine of tensorrt needs the NVIDIA GPU", code=4)
+    assert_nothing_at(tmp_path / "bundle")
+
+
 def test_compute_capabilities_apply_to_tensorrt_rtx_alone(worked, tmp_path):
     outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--compute-capabilities", "sm86")
     assert_refused(outcome, "tensorrt-rtx only")
+    assert_nothing_at(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--profile", "1,1,1"), "for engines, and none is among the targets"),
+        (("--to", "tensorrt-rtx", "--builder-level", 4), "for tensorrt only"),
+        (("--to", "tensorrt-rtx", "--hardware-compatible", "ampere-plus"), "name the GPUs as compute capabilities"),
+        (("--to", "tensorrt-rtx", "--version-compatible"), "the version that built them alone"),
+        (("--to", "tensorrt-rtx", "--profile", "1,8,64"), "given twice: 1/8/64 and 1/8/64"),
+    ],
+)
+def test_what_no_engine_asked_for_takes_is_refused(worked, tmp_path, options, said):
+    pytest.importorskip("tensorrt_rtx")
+    assert_refused(export(worked.compact, worked.images, tmp_path / "bundle", *options), said)
+    assert_nothing_at(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("missing", ["--eval-data", "--out"])
+def test_images_and_a_folder_to_write_are_needed(worked, tmp_path, missing):
+    given = {"--eval-data": worked.images, "--out": tmp_path / "bundle"}
+    del given[missing]
+    outcome = flora("export", worked.compact, *(word for pair in given.items() for word in pair))
+    assert outcome.code == 2
+    assert missing in outcome.message
     assert_nothing_at(tmp_path / "bundle")
 
 
