@@ -66,10 +66,28 @@ class Stage:
     compared_with: str | None = None
 
 
+class WorstImage(BaseModel):
+    """An image on which a stage strays far from the one it is compared with, whose class is `expected`.
+
+    `kl` is the divergence in nats, `file` a PNG of the image in the bundle.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    index: int
+    name: str
+    label: int | None = None
+    predicted: int
+    expected: int
+    kl: float
+    file: str | None = None
+
+
 class StageReport(BaseModel):
     """Figures of one stage. `top1`, `top5` are in percent, their error and `drop` in points, `agreement` a share.
 
-    `cosine` and `kl` are means over images, `max_abs` is the largest difference of two logits.
+    `cosine` and `kl` are means over images, `max_abs` is the largest difference of two logits. `drop_low` and
+    `drop_high` are the paired 95 % interval of `drop`, `p_value` is that of the exact McNemar test.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,6 +107,10 @@ class StageReport(BaseModel):
     max_relative: float | None = None
     kl: float | None = None
     drop: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    p_value: float | None = None
+    worst: list[WorstImage] = []
     passed: bool
     failures: list[str]
     note: str | None = None

@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "Quantize an ONNX file, the way that costs least.",
     "sensitivity": "Measure how far each layer alone in INT8 moves the logits.",
     "verify": "Check a bundle: files, golden outputs and, given images, accuracy.",
+    "report": "Write the report of a bundle, or compare several on one page.",
     "eval": "Measure the accuracy of a model on labelled images.",
 }
 # Where a name is none of a module: a keyword of Python, or with a hyphen in it.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.bundle import Bundle, Manifest
+from export.bundle import REPORT, Bundle, Manifest
 from export.verify import VerifyReport
 from flora.cli.output import millions, percent, print_json, print_next, print_table
 from flora.errors import GateFailedError, few
@@ -27,6 +27,7 @@ def print_bundle(bundle: Bundle, wrote: str, command: str, *, as_json: bool) -> 
         print_artifacts(manifest)
         print_precisions(manifest)
         print_verdict(manifest)
+        print(f"Report: {bundle.folder / REPORT}")
         print_next(wrote, command)
     if manifest.unmet:
         raise GateFailedError(f"{'; '.join(manifest.unmet)}. The bundle is kept and labelled, see above.")
@@ -72,8 +73,11 @@ def print_family(family: "Family", bundles: list[Bundle], out: Path, images: str
         for bundle in bundles:
             print(f"{bundle.folder}:")
             print_verdict(bundle.manifest)
+            print(f"Report: {bundle.folder / REPORT}")
+        compared = f"flora report {' '.join(str(bundle.folder) for bundle in bundles)} -o {out / 'comparison.html'}"
         print_next(
             f"the bundles in {out} (their steps lie in {out}.work)",
+            compared,
             *(f"flora verify {bundle.folder} --data {images}" for bundle in bundles),
         )
     failed = [member.budget for member in family.members if not member.passed]

@@ -15,6 +15,7 @@ from export.attestation import attest
 from export.bundle import GOLDEN, MANIFEST, ArtifactEntry, Bundle, Manifest, Status, hash_files, load_bundle
 from export.images import ImageSet
 from export.onnx import onnx_from_module
+from export.report.page import add_report
 from export.runtimes import ORT_CPU, runtime_called
 from flora.artifact import check_replaceable, new_folder
 from flora.errors import InputError
@@ -43,6 +44,7 @@ from flora.pipeline.images import (
 )
 from flora.pipeline.job import OnStart
 from flora.pipeline.notes import note_on_pivots, notes_on
+from flora.pipeline.parts import layer_entries, part_costs
 from flora.pipeline.precision import CALIBRATED, OF_ENGINES, Judges, Workbench, write_precision
 from flora.pipeline.proof import Exported, Proof, onnx_entry, prove, recommend
 from flora.provenance import device_facts, gpu_facts, now, versions
@@ -89,8 +91,8 @@ def export_job(
         export_bundle(source, request, out, job=job, on_step=on_step)
 
 
-# Fields of a request that say where something lies, or how it was asked for.
-_NO_SETTINGS = ("eval_data", "calib_data", "select_data", "reference", "command")
+# Fields of a request that say where something lies, how it was asked for, or what the model and its images decide.
+_NO_SETTINGS = ("eval_data", "calib_data", "select_data", "reference", "command", "probes")
 
 
 def _is_there(job: Job, out: Path) -> bool:
@@ -162,12 +164,17 @@ def export_bundle(
             golden=folder / GOLDEN,
             on_step=on_step,
         )
+        on_step("looking at where time goes")
+        parts = {one.onnx_name: part_costs(one, folder, request.protocol) for one in exported}
         if job is not None:
             job.save(folder / SETTINGS)
         files = hash_files(folder)
-        certified = [onnx_entry(one, folder, files, *_outcome(one, proof, request)) for one in (*exported, *chosen)]
+        certified = [
+            onnx_entry(one, folder, files, *_outcome(one, proof, request), parts=parts.get(one.onnx_name, {}))
+            for one in (*exported, *chosen)
+        ]
         others = [
-            onnx_entry(one, folder, files, *_outcome_of_loser(one, selected, request), certified=False)
+            onnx_entry(one, folder, files, *_outcome_of_loser(one, selected, request), parts={}, certified=False)
             for one in low
             if one not in chosen
         ]
@@ -193,6 +200,7 @@ def export_bundle(
             preprocessing=source.config.preprocessing,
             files=files,
             artifacts=[*certified, *others, *engine_entries],
+            layers=layer_entries(source.config, dense, not_pivoted=not_pivoted, probes=request.probes),
             recommended=recommended,
             recommendation_reason=reason,
             max_drop=request.max_drop,
@@ -213,7 +221,7 @@ def export_bundle(
             created=now(),
             notes=notes,
         )
-        manifest.save(folder / MANIFEST)
+        add_report(manifest, folder).save(folder / MANIFEST)
     return load_bundle(out)
 
 

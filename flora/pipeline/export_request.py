@@ -1,7 +1,7 @@
 """What an export is asked for: targets, precisions, images to prove it with, and what is required of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.attestation import Attestation, Requirement
@@ -15,6 +15,7 @@ from flora.pipeline.engines import BuiltEngine
 from flora.pipeline.notes import AskedLatency
 from flora.pipeline.precision import Judges, Workbench, open_judges, precisions_asked
 from flora.pipeline.proof import Exported, Protocol
+from flora.ranks.sensitivity import LayerSensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class ExportRequest:
 
     For `precisions` other than FP32, ranges are measured on `calib_images` of `calib_data`, and every choice is made on
     `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
-    what share of the products they must compute in, such as "int8>=80%".
+    what share of the products they must compute in, such as "int8>=80%". `probes` is what each layer alone was seen to
+    cost, for the manifest.
     """
 
     eval_data: str | None
@@ -50,6 +52,7 @@ class ExportRequest:
     repeats: int = 20
     threads: int | None = None
     command: tuple[str, ...] = ()
+    probes: Mapping[str, LayerSensitivity] = field(default_factory=dict)
 
     def made_with(self, calibration: str, selection: str) -> "ExportRequest":
         """The same with these images for lower precisions, judged by the second where none are given to judge by."""
