@@ -41,7 +41,7 @@ def part_of(module: str, layers: Collection[str]) -> str:
         return PATCHES
     if first.startswith("head"):
         return HEAD
-    if name in layers:
+    if name and name in layers:
         return last
     if "norm" in last:
         return NORM
