@@ -35,7 +35,7 @@ class Member:
         for point in points_of(self.manifest, [self.row], cost):
             return Point(
                 label=self.name,
-                role="candidate" if self.passed else "failed",
+                role="failed" if point.role == "failed" else "candidate",
                 accuracy=point.accuracy,
                 error=point.error,
                 cost=point.cost,

@@ -103,7 +103,9 @@ def test_the_page_asks_for_nothing(page):
         value for _, name, value in page.attributes if name in ("src", "href", "action", "srcset", "data", "poster")
     }
     assert all(link.startswith(("#", "data:")) for link in links)
-    policy = next(value for tag, name, value in page.attributes if (tag, name) == ("meta", "content") and "src" in value)
+    policy = next(
+        value for tag, name, value in page.attributes if (tag, name) == ("meta", "content") and "src" in value
+    )
     assert policy.startswith("default-src 'none'")
     assert not any(name.startswith("on") for _, name, _ in page.attributes)
     assert "<script>alert" not in "".join(page.texts).replace(HOSTILE, "")
@@ -116,7 +118,10 @@ def test_plots_hold_what_was_certified(bundle, page):
         "dense": (138_620_000, 89.125),
         "factorized": (54_870_000, 89.125),
         "factorized INT8": (54_870_000, 89.125),
+        "factorized FP16": (54_870_000, 89.125),
     }
+    symbols = {trace["name"]: trace["marker"]["symbol"] for trace in page.plots["accuracy-macs"]["data"][1:]}
+    assert symbols == {"dense": "square", "factorized": "circle", "factorized INT8": "circle", "factorized FP16": "x"}
     time = {trace["name"]: dict(zip(trace["y"], trace["x"], strict=True)) for trace in page.plots["time"]["data"]}
     assert time["factorized"] == {"LayerNorm": 0.0625, "attention": 0.125, "fc1": 0.3125}
     assert sum(time["dense"].values()) == 1
