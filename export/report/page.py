@@ -5,12 +5,15 @@ hold figures carry their path in it. Needs no torch.
 """
 
 import base64
+import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from export.benchmark import LatencyStats
@@ -31,6 +34,7 @@ from export.report.points import COSTS, is_labelled, points_of
 from flora.artifact import new_file, sha256_of_file
 from flora.errors import InputError, few
 
+SMALL_PIXELS = 96
 PERCENTILE = re.compile(r"median_ms|p(\d+)_ms")
 
 
@@ -146,11 +150,23 @@ def _class_called(manifest: Manifest, index: int) -> str:
     return names[index] if index < len(names) else f"class {index}"
 
 
-def _pictures(bundle: Bundle) -> dict[str, str]:
-    """The worst images as data of the page, by their file."""
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image as data of the page; a small one is shown pixel by pixel."""
+
+    source: str
+    is_small: bool
+
+
+def _pictures(bundle: Bundle) -> dict[str, Picture]:
+    """The worst images by their file."""
     report = bundle.manifest.verification
     named = {image.file for stage in report.stages for image in stage.worst} if report else set()
-    return {
-        name: "data:image/png;base64," + base64.b64encode((bundle.folder / name).read_bytes()).decode()
-        for name in sorted(bundle.manifest.files.keys() & named)
-    }
+    pictures = {}
+    for name in sorted(bundle.manifest.files.keys() & named):
+        content = (bundle.folder / name).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            is_small = image.width < SMALL_PIXELS
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        pictures[name] = Picture(source=source, is_small=is_small)
+    return pictures

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import REPORT, check_hashes, load_bundle
+from export.bundle import REPORT, PartCost, check_hashes, load_bundle
 from export.report.comparison import comparison_page
 from export.report.facts import limits_of
 from export.report.figures import Point, front_of
 from export.report.format import FORMS, resolved
 from export.report.page import add_report, report_page, sound_bundle
-from export.verify import THRESHOLDS
+from export.verify import THRESHOLDS, VerifyReport
 from flora.errors import InputError
 from tests.report_samples import HOSTILE, rich_bundle
 
@@ -160,6 +160,29 @@ def test_a_bare_manifest_is_enough(tmp_path):
     page = Page(report_page(bundle))
     assert page.plots.keys() == {"macs"}
     assert "Ship the factorized INT8 model" in page.text
+
+
+def test_without_labels_agreement_with_the_dense_model_stands_in_for_accuracy(tmp_path):
+    labelled = rich_bundle(tmp_path / "labelled").manifest.verification
+    gone = {"top1": None, "top1_standard_error": None, "top5": None, "drop": None, "drop_low": None, "drop_high": None}
+    report = VerifyReport(stages=[stage.model_copy(update=gone) for stage in labelled.stages])
+    page = Page(report_page(rich_bundle(tmp_path / "unlabelled", verification=report)))
+    assert "98.8 % agree with the dense model; no labels" in page.text
+    points = {trace["name"]: trace["y"][0] for trace in page.plots["accuracy-macs"]["data"][1:]}
+    assert points == {"dense": 100, "factorized": 98.75, "factorized INT8": 98.75}  # FP16 was not held against dense
+    assert page.plots["accuracy-macs"]["layout"]["yaxis"]["title"]["text"] == "agreement with the dense model, %"
+
+
+def test_a_runtime_that_was_not_profiled_has_macs_and_no_times(tmp_path):
+    bundle = rich_bundle(tmp_path / "bundle")
+    silent = [
+        entry.model_copy(update={"parts": {name: PartCost(macs=cost.macs) for name, cost in entry.parts.items()}})
+        for entry in bundle.manifest.artifacts
+    ]
+    page = Page(report_page(rich_bundle(tmp_path / "silent", artifacts=silent)))
+    assert "macs" in page.plots
+    assert "time" not in page.plots
+    assert "profile" not in page.text.partition("Where MACs and time go")[2].partition("Precisions")[0]
 
 
 def test_limits_are_those_that_the_stage_was_held_against(bundle):
