@@ -85,7 +85,7 @@ def latency_plot(latency: Mapping[str, LatencyStats]) -> dict[str, Any]:
     are_dense = [name.startswith("dense") for name in names]
     dots = go.Scatter(
         x=[one.median_ms for one in stats],
-        y=names,
+        y=[escape(name).replace(", ", "<br>", 1) for name in names],
         mode="markers",
         marker={
             "color": [DENSE if dense else CANDIDATE for dense in are_dense],
