@@ -65,7 +65,7 @@ def without_torch(*args: object) -> subprocess.CompletedProcess:
 def test_a_copied_bundle_passes_without_images(bundle):
     outcome = flora("verify", bundle, "--threads", 1)
     assert outcome.code == 0, outcome
-    assert "Hashes: 5 files as exported." in outcome.out
+    assert "Hashes: 6 files as exported." in outcome.out
     assert "reproduced by every ONNX file" in outcome.out
     assert "Recommended: onnx/" in outcome.out
 
