@@ -6,7 +6,10 @@ DEMO := demo
 FASHION := examples/fashion
 SOURCES := flora export calibrate tests benchmarks examples
 
-.PHONY: demo test lint format bench clean
+# What drives the pages of reports in the tests; they are skipped where it is missing and cannot be installed.
+BROWSER := chromium
+
+.PHONY: demo test browser lint format bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +25,13 @@ demo: $(VENV)/installed
 	@echo "flora lies in $(BIN): source $(BIN)/activate puts it on your path."
 
 # Files spread over two processes: tests have a thread each.
-test: $(VENV)/installed
+test: $(VENV)/installed browser
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+browser:
+	@command -v $(BROWSER) > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER) fonts-dejavu-core; } \
+		|| echo "$(BROWSER) is missing and was not installed: tests in a browser are skipped."
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -27,10 +27,12 @@ from flora.artifact import Document, new_file, sha256_of_file
 from flora.errors import GateFailedError, InputError, few, near_matches
 from flora.imagesets import ImageSetRecord
 from flora.preprocessing import Preprocessing
+from flora.ranks.cost import Rank
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
 MODEL_FOLDER = "model"
+REPORT = "report.html"
 LOGITS = "logits/"
 
 Status = Literal["verified", "failed", "built, not run"]
@@ -61,13 +63,46 @@ class QuantizationRecord(BaseModel):
         return f"{self.method}, {self.basis} basis, {self.weight_bits}-bit weights"
 
 
+class PartCost(BaseModel):
+    """What one part of a model takes over all blocks: MACs of one image, and its share of the runtime's time.
+
+    The share is None where the runtime was not profiled.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    macs: int
+    time_share: float | None = None
+
+
+class LayerEntry(BaseModel):
+    """One layer that could be factorized; `macs` of one image in the exported file, `dense_macs` in the dense model.
+
+    `sensitivity` is the divergence from the dense model, in nats, with this layer alone cut to `probe_rank`, where that
+    was measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    in_features: int
+    out_features: int
+    tokens: int
+    rank: Rank
+    is_pivoted: bool = False
+    macs: int
+    dense_macs: int
+    sensitivity: float | None = None
+    probe_rank: int | None = None
+
+
 class ArtifactEntry(BaseModel):
     """One artefact: `path` is relative to the bundle; `reason` says why it failed, was not run or not chosen.
 
     One that is not `certified` was run on the selection images alone, or not at all: it is not to be shipped.
 
     `runtime` is what an ONNX file was verified and measured on. In int8-fp16, products are in INT8 and what is around
-    them in FP16.
+    them in FP16. `parts` says of files in FP32 where their MACs and time go.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,6 +120,7 @@ class ArtifactEntry(BaseModel):
     size_bytes: int
     macs: int | None = None
     params: int | None = None
+    parts: dict[str, PartCost] = {}
     spec: EngineRecord | None = None
     quantization: QuantizationRecord | None = None
     attestation: Attestation | None = None
@@ -102,12 +138,15 @@ class ArtifactEntry(BaseModel):
             raise ValueError(f"{self.name}: the path {self.path} leads out of the bundle")
         if (self.kind == "engine") != (self.spec is not None):
             raise ValueError(f"{self.name}: an engine, and nothing else, has a spec")
+        if self.parts and (found := sum(part.macs for part in self.parts.values())) != self.macs:
+            raise ValueError(f"{self.name}: its parts have {found} MACs together, the whole has {self.macs}")
         return self
 
 
 class Manifest(Document):
     """`manifest.json`. `files` has every file but itself; `image_sets` is by role, `latency` by artefact.
 
+    `layers` are those that low rank could cut, in the model's order.
     `thresholds` are what each kind of stage had to hold, and has to in later verifications.
     `require` is what share of the products lower precisions must compute in, and
     `unmet` has a line for each file that does not compute in the precision that was required of it.
@@ -119,6 +158,7 @@ class Manifest(Document):
     preprocessing: Preprocessing
     files: dict[str, str]
     artifacts: list[ArtifactEntry]
+    layers: list[LayerEntry] = []
     recommended: str | None = None
     recommendation_reason: str = ""
     thresholds: dict[str, Thresholds] = THRESHOLDS

@@ -33,6 +33,7 @@ RUNS = 5
 ORT_PRODUCT = re.compile(r"MatMul|Gemm(?!a)|Conv(?!ert)|Attention|Einsum")
 ORT_QUANTIZES_WITHIN = ("DynamicQuantizeMatMul",)
 ORT_CONVERSION = re.compile(r"^(Cast|ReorderInput|ReorderOutput|(Dynamic|De)?[Qq]uantizeLinear)$")
+KERNEL_TIME = "_kernel_time"
 OPENVINO_PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution", "ScaledDotProductAttention")
 MEAN_TIME = "execTimeMcs"
 OPENVINO_CONVERSIONS = ("Reorder", "Convert", "FakeQuantize")
@@ -54,8 +55,23 @@ class Kernel:
 
 def kernels_of_onnxruntime(path: Path, provider: str, images: np.ndarray, *, threads: int | None) -> list[Kernel]:
     """Each node of the optimized graph with the median of its times; `images` are run a few times."""
+    return [_ort_kernel(runs) for runs in profile_of_onnxruntime(path, provider, images, threads=threads)]
+
+
+def profile_of_onnxruntime(
+    path: Path, provider: str, images: np.ndarray, *, threads: int | None, optimized: Path | None = None
+) -> list[list[dict[str, Any]]]:
+    """What ONNX Runtime noted of each node, in the order they ran: an event for each run, of which the first warms up.
+
+    The graph that it ran, which is not the file's, goes to the file `optimized`, its weights to another one beside it.
+    """
     options = session_options(threads)
     options.enable_profiling = True
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         options.profile_file_prefix = str(Path(scratch) / "profile")
         session = onnxruntime_module().InferenceSession(
@@ -66,9 +82,9 @@ def kernels_of_onnxruntime(path: Path, provider: str, images: np.ndarray, *, thr
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+        if event.get("cat") == "Node" and event["name"].endswith(KERNEL_TIME):
             nodes.setdefault((event["args"]["node_index"], event["name"]), []).append(event)
-    return [_ort_kernel(runs) for runs in nodes.values()]
+    return list(nodes.values())
 
 
 def _ort_kernel(runs: list[dict[str, Any]]) -> Kernel:

@@ -103,6 +103,14 @@ class WorkedExample:
         self.outcomes["failed"] = flora("export", self.compact, "--eval-data", self.images, "-o", out, "--json", *QUICK)
         return out
 
+    @cached_property
+    def compressed(self) -> Path:
+        """What `flora compress` makes of the dense model, with the steps to it beside it."""
+        return self._made(
+            *("compress", self.dense, "--calib-data", self.calibration, "--eval-data", self.images),
+            *("--budget", "macs=60%", "--space", "multiples=2", "--max-drop", 100, "--threads", 1),
+        )
+
     @property
     def manifest(self) -> dict[str, Any]:
         """What the bundle says of itself."""

@@ -23,6 +23,7 @@ COMMANDS = {
     "sensitivity": "Measure how far each layer alone in INT8 moves the logits.",
     "verify": "Check a bundle: files, golden outputs and, given images, accuracy.",
     "bench": "Time the artefacts of a bundle together: latency, throughput, memory.",
+    "report": "Write the report of a bundle, or compare several on one page.",
     "eval": "Measure the accuracy of a model on labelled images.",
 }
 # Where a name is none of a module: a keyword of Python, or with a hyphen in it.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.bundle import Bundle, Manifest
+from export.bundle import REPORT, Bundle, Manifest
 from export.engine_spec import named
 from export.tally import WorstImage
 from export.verify import VerifyReport
@@ -30,6 +30,7 @@ def print_bundle(bundle: Bundle, wrote: str, command: str, *, as_json: bool) -> 
         print_precisions(manifest)
         print_engines(manifest)
         print_verdict(manifest)
+        print(f"Report: {bundle.folder / REPORT}")
         print_next(wrote, command)
     if manifest.unmet:
         raise GateFailedError(f"{'; '.join(manifest.unmet)}. The bundle is kept and labelled, see above.")
@@ -75,8 +76,11 @@ def print_family(family: "Family", bundles: list[Bundle], out: Path, images: str
         for bundle in bundles:
             print(f"{bundle.folder}:")
             print_verdict(bundle.manifest)
+            print(f"Report: {bundle.folder / REPORT}")
+        compared = f"flora report {' '.join(str(bundle.folder) for bundle in bundles)} -o {out / 'comparison.html'}"
         print_next(
             f"the bundles in {out} (their steps lie in {out}.work)",
+            compared,
             *(f"flora verify {bundle.folder} --data {images}" for bundle in bundles),
         )
     failed = [member.budget for member in family.members if not member.passed]

@@ -63,15 +63,9 @@ def trace_cost(model: nn.Module, targets: Collection[str], input_size: tuple[int
         return lambda module, inputs: tokens.update({name: inputs[0].numel() // module.in_features})
 
     hooks = [layer.register_forward_pre_hook(count_tokens(name)) for name, layer in layers.items()]
-    training = model.training
-    model.eval()
     try:
-        reference = next(model.parameters())
-        image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(image)
+        counter = _counted(model, input_size)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if bypassed := [name for name in layers if not tokens[name]]:
@@ -92,3 +86,33 @@ def trace_cost(model: nn.Module, targets: Collection[str], input_size: tuple[int
         fixed_macs=counter.get_total_flops() // 2 - sum(shape.macs("dense") for shape in shapes),
         fixed_params=parameters - sum(shape.dense_weights for shape in shapes),
     )
+
+
+@torch.inference_mode()
+def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """MACs of one pass over one image, by the innermost module that computes them; "" is the model itself."""
+    counted = {
+        name.partition(".")[2]: sum(flops.values()) // 2
+        for name, flops in _counted(model, input_size).get_flop_counts().items()
+        if name != "Global"
+    }
+    own = Counter(counted)
+    for name, macs in counted.items():
+        above = (name[:end] for end in range(len(name) - 1, -1, -1) if end == 0 or name[end] == ".")
+        if name and (parent := next((module for module in above if module in counted), None)) is not None:
+            own[parent] -= macs
+    return {name: macs for name, macs in own.items() if macs}
+
+
+def _counted(model: nn.Module, input_size: tuple[int, int, int]) -> FlopCounterMode:
+    """One pass over one image in eval mode, counted; the model is left as it was."""
+    training = model.training
+    model.eval()
+    try:
+        reference = next(model.parameters())
+        image = torch.zeros(1, *input_size, device=reference.device, dtype=reference.dtype)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(image)
+    finally:
+        model.train(training)
+    return counter

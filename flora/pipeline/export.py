@@ -26,6 +26,7 @@ from export.bundle import (
 from export.images import ChoosableImages
 from export.onnx import onnx_from_module
 from export.pictures import write_pictures
+from export.report.page import add_report
 from export.runtimes import ORT_CPU, runtime_called
 from flora.artifact import check_replaceable, new_folder
 from flora.errors import InputError
@@ -54,6 +55,7 @@ from flora.pipeline.images import (
 )
 from flora.pipeline.job import OnStart
 from flora.pipeline.notes import note_on_pivots, notes_on
+from flora.pipeline.parts import layer_entries, part_costs
 from flora.pipeline.precision import CALIBRATED, OF_ENGINES, Judges, Workbench, write_precision
 from flora.pipeline.proof import Exported, Proof, onnx_entry, prove, recommend
 from flora.provenance import device_facts, gpu_facts, now, versions
@@ -98,8 +100,8 @@ def export_job(
         export_bundle(source, request, out, job=job, on_step=on_step)
 
 
-# Fields of a request that say where something lies, or how it was asked for.
-_NO_SETTINGS = ("eval_data", "calib_data", "select_data", "reference", "timing_cache", "command")
+# Fields of a request that say where something lies, how it was asked for, or what the model and its images decide.
+_NO_SETTINGS = ("eval_data", "calib_data", "select_data", "reference", "timing_cache", "command", "probes")
 
 
 def _is_there(job: Job, out: Path) -> bool:
@@ -176,12 +178,17 @@ def export_bundle(
         report = proof.report
         if not getattr(images, "is_streamed", False):
             report = write_pictures(report, images, source.config.preprocessing, folder)
+        on_step("looking at where time goes")
+        parts = {one.onnx_name: part_costs(one, folder, request.protocol) for one in exported}
         if job is not None:
             job.save(folder / SETTINGS)
         files = hash_files(folder)
-        certified = [onnx_entry(one, folder, files, *_outcome(one, proof, request)) for one in (*exported, *chosen)]
+        certified = [
+            onnx_entry(one, folder, files, *_outcome(one, proof, request), parts=parts.get(one.onnx_name, {}))
+            for one in (*exported, *chosen)
+        ]
         others = [
-            onnx_entry(one, folder, files, *_outcome_of_loser(one, selected, request), certified=False)
+            onnx_entry(one, folder, files, *_outcome_of_loser(one, selected, request), parts={}, certified=False)
             for one in low
             if one not in chosen
         ]
@@ -208,6 +215,7 @@ def export_bundle(
             preprocessing=source.config.preprocessing,
             files=files,
             artifacts=[*certified, *others, *engine_entries],
+            layers=layer_entries(source.config, dense, not_pivoted=not_pivoted, probes=request.probes),
             recommended=recommended,
             recommendation_reason=reason,
             thresholds=request.protocol.thresholds,
@@ -229,7 +237,7 @@ def export_bundle(
             created=now(),
             notes=notes,
         )
-        manifest.save(folder / MANIFEST)
+        add_report(manifest, folder).save(folder / MANIFEST)
     return load_bundle(out)
 
 

@@ -1,7 +1,7 @@
 """What an export is asked for: targets, precisions, images to prove it with, and what is required of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from export.attestation import Attestation, Requirement
@@ -16,6 +16,7 @@ from flora.pipeline.engines import BuiltEngine
 from flora.pipeline.notes import AskedLatency
 from flora.pipeline.precision import Judges, Workbench, open_judges, precisions_asked
 from flora.pipeline.proof import Exported, Protocol
+from flora.ranks.sensitivity import LayerSensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class ExportRequest:
     `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
     what share of the products they must compute in, such as "int8>=80%".
 
-    `build` is how engines are built; what TensorRT times while it builds is kept in the folder `timing_cache`.
+    `build` is how engines are built; what TensorRT times while it builds is kept in the folder `timing_cache`. `probes`
+    is what each layer alone was seen to cost, for the manifest.
     """
 
     eval_data: str | None
@@ -59,6 +61,7 @@ class ExportRequest:
     repeats: int = 20
     threads: int | None = None
     command: tuple[str, ...] = ()
+    probes: Mapping[str, LayerSensitivity] = field(default_factory=dict)
 
     def made_with(self, calibration: str, selection: str) -> "ExportRequest":
         """The same with these images for lower precisions, judged by the second where none are given to judge by."""

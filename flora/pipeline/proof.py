@@ -10,7 +10,7 @@ from torch import nn
 
 from export.attestation import Attestation
 from export.benchmark import LatencyStats, paired_latency
-from export.bundle import ArtifactEntry, QuantizationRecord, Status, size_of, write_golden
+from export.bundle import ArtifactEntry, PartCost, QuantizationRecord, Status, size_of, write_golden
 from export.images import ImageSet
 from export.runners import Runner
 from export.runtimes import open_runner, precision_of_products, runtime_called
@@ -217,7 +217,14 @@ def _at_batch(name: str, batch: int) -> str:
 
 
 def onnx_entry(
-    one: Exported, folder: Path, files: dict[str, str], status: Status, reason: str | None, *, certified: bool = True
+    one: Exported,
+    folder: Path,
+    files: dict[str, str],
+    status: Status,
+    reason: str | None,
+    *,
+    parts: Mapping[str, PartCost],
+    certified: bool = True,
 ) -> ArtifactEntry:
     """What the manifest keeps of one ONNX file."""
     cost = trace_cost(one.module, [], one.model.config.preprocessing.input_size)
@@ -235,6 +242,7 @@ def onnx_entry(
         size_bytes=size_of(folder / one.path),
         macs=cost.dense_macs,
         params=cost.dense_params,
+        parts=dict(parts),
         quantization=one.quantization,
         attestation=one.attestation,
     )

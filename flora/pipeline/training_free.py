@@ -5,7 +5,7 @@ or its settings have changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -154,7 +154,8 @@ def compress_training_free(
             on_layer=lambda done, layers: on_step(f"compensating: {done} of {layers} layers"),
         )
     if is_main():
-        export = timed_export(request.export.made_with(calibration, selection), request.latency, ranks, table)
+        export = replace(request.export.made_with(calibration, selection), probes=report.probes)
+        export = timed_export(export, request.latency, ranks, table)
         export_job(with_reference_of(compact, shipped), export, out, on_start=on_start, on_step=on_step)
     wait()
     return load_bundle(out)

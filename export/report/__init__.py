@@ -1,0 +1,1 @@
+"""The report of a bundle, and of several: pages that need no network and no torch."""
