@@ -10,10 +10,10 @@ from typing import Any
 
 from export.bundle import Bundle, Manifest
 from export.report.facts import ArtifactRow, artifact_rows, lowrank_stage, yardstick_of
-from export.report.figures import Point, accuracy_against, front_of
 from export.report.format import Figures
 from export.report.page import page, verdict
 from export.report.points import COSTS, is_labelled, points_of
+from export.report.scatter import Point, accuracy_against, front_of
 
 
 @dataclass(frozen=True, kw_only=True)

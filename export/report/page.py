@@ -26,9 +26,10 @@ from export.report.facts import (
     lowrank_stage,
     yardstick_of,
 )
-from export.report.figures import accuracy_against, latency_plot, parts_plot, time_in_dense
+from export.report.figures import latency_plot, parts_plot, time_in_dense
 from export.report.format import FORMS, Figures
 from export.report.points import COSTS, is_labelled, points_of
+from export.report.scatter import accuracy_against
 from flora.artifact import new_file, sha256_of_file
 from flora.errors import InputError, few
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from export.bundle import ArtifactEntry, Manifest
 from export.report.facts import ArtifactRow, lowrank_stage
-from export.report.figures import Point
+from export.report.scatter import Point
 
 COSTS = {
     "latency": "share of the dense model's time",

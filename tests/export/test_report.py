@@ -12,9 +12,9 @@ import pytest
 from export.bundle import REPORT, PartCost, check_hashes, load_bundle
 from export.report.comparison import comparison_page
 from export.report.facts import limits_of
-from export.report.figures import Point, front_of
 from export.report.format import FORMS, resolved
 from export.report.page import add_report, report_page, sound_bundle
+from export.report.scatter import Point, front_of
 from export.verify import THRESHOLDS, VerifyReport
 from flora.errors import InputError
 from tests.report_samples import HOSTILE, rich_bundle
