@@ -24,7 +24,7 @@ class WorstImage(BaseModel):
 
     index: int
     name: str
-    label: int | None
+    label: int | None = None
     predicted: int
     expected: int
     kl: float

@@ -53,6 +53,7 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "points": points,
     "error": lambda value: f"{value:.2f}",
     "ms": lambda value: f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms",
+    "seconds": lambda value: f"{value:.1f} s",
     "ratio": lambda value: f"{value:.2f}",
     "large": large,
     "size": lambda value: f"{value / 2**20:.2f} MiB",

@@ -79,6 +79,7 @@ def report_page(bundle: Bundle) -> str:
         low=[
             row for row in rows if row.entry.precision != "fp32" and (row.entry.kind == "onnx" or row.entry.attestation)
         ],
+        engines=[row for row in rows if row.entry.spec is not None],
         measured=any(layer.sensitivity is not None for layer in manifest.layers),
         worst=manifest.verification is not None and any(stage.worst for stage in manifest.verification.stages),
         class_called=lambda index: _class_called(manifest, index),

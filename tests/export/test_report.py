@@ -186,10 +186,10 @@ def test_a_runtime_that_was_not_profiled_has_macs_and_no_times(tmp_path):
 
 
 def test_limits_are_those_that_the_stage_was_held_against(bundle):
-    stages = bundle.manifest.verification.stages
-    assert limits_of(stages[0], 0.5) == {}
-    assert {name: limit.value for name, limit in limits_of(stages[2], 0.5).items()} == {"drop": 0.5}
-    assert {name: limit.value for name, limit in limits_of(stages[1], 0.5).items()} == {
+    stages, held = bundle.manifest.verification.stages, thresholds_with(0.5)
+    assert limits_of(stages[0], held) == {}
+    assert {name: limit.value for name, limit in limits_of(stages[2], held).items()} == {"drop": 0.5}
+    assert {name: limit.value for name, limit in limits_of(stages[1], held).items()} == {
         "agreement": THRESHOLDS["fp32"].min_agreement,
         "cosine": THRESHOLDS["fp32"].min_cosine,
         "max_relative": THRESHOLDS["fp32"].max_relative,
