@@ -15,7 +15,8 @@ from export.report.facts import limits_of
 from export.report.format import FORMS, resolved
 from export.report.page import add_report, report_page, sound_bundle
 from export.report.scatter import Point, front_of
-from export.verify import THRESHOLDS, VerifyReport
+from export.thresholds import THRESHOLDS, thresholds_with
+from export.verify import VerifyReport
 from flora.errors import InputError
 from tests.report_samples import HOSTILE, rich_bundle
 
