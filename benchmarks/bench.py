@@ -3,11 +3,12 @@
 DeiT-S at 224 px with random weights, on which time does not depend, at half of its MACs by uniform ranks, and the ViT
 of examples/fashion at a fifth, both exported by `flora export`; one thread, ONNX Runtime and OpenVINO, from batch 8.
 
-The bare loop knows nothing of flora: it opens a session and times the same call over and over. A round is such a loop
-for each session, the command, and the loops again; a round's quotient is flora's median over the mean of the two around
-it, and what is judged is the median quotient of the rounds: a device that drifts from minute to minute must not decide.
-Ratios are judged between every two rounds. Absolute medians of different rounds are shown, not judged. Each round is an
-arm and keeps its result; with --resume the command goes on. Needs a processor that nothing else runs on.
+The bare loop knows nothing of flora: it opens a session and times the same call over and over. A round, at one batch,
+is such a loop for each session, the command, and the loops again; a round's quotient is flora's median over the mean of
+the two around it, and what is judged is the median quotient of the rounds: a device that drifts from minute to minute
+must not decide. Ratios are judged between every two rounds. Absolute medians of different rounds are shown, not judged.
+Each round is an arm and keeps its result; with --resume the command goes on. Needs a processor that nothing else runs
+on.
 """
 
 import argparse
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "bench"
 FASHION = ROOT / "examples" / "fashion"
 # Batches, and the seconds that each is timed at most.
-MODELS = {"deit-s": ((8, 16), 240), "fashion": ((8, 32), 60)}
+MODELS = {"deit-s": ((8, 16), 150), "fashion": ((8, 32), 40)}
 ROUNDS = 3
 FILES = {"dense": "onnx/dense-fp32.onnx", "factorized": "onnx/model-fp32.onnx"}
 RUNTIMES = {"ort-cpu": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -107,23 +108,21 @@ def _bare_call(runtime: str, path: Path, images: np.ndarray) -> Callable[[], obj
     return lambda: session.run(None, inputs)
 
 
-def measure(name: str) -> dict[str, Any]:
-    """One round: by session and batch the medians of both loops, and flora's report between them."""
-    bundle, (batches, seconds) = bundle_of(name), MODELS[name]
+def measure(name: str, batch: int) -> dict[str, Any]:
+    """One round: by session the medians of both loops, and flora's report between them."""
+    bundle, (_, seconds) = bundle_of(name), MODELS[name]
     size = (1, 28, 28) if name == "fashion" else (3, 224, 224)
-    images = {n: np.random.default_rng(0).standard_normal((n, *size)).astype(np.float32) for n in batches}
+    images = np.random.default_rng(0).standard_normal((batch, *size)).astype(np.float32)
 
     def bare() -> dict[str, float]:
         return {
-            f"{what}, {label}, batch {batch}": bare_ms(runtime, bundle / file, array)
-            for batch, array in images.items()
+            f"{what}, {label}": bare_ms(runtime, bundle / file, images)
             for what, file in FILES.items()
             for runtime, label in RUNTIMES.items()
         }
 
     before = bare()
-    sweep = ",".join(map(str, batches))
-    timing = ("--batch", sweep, "--seconds", seconds, "--threads", 1, "--no-memory")
+    timing = ("--batch", batch, "--seconds", seconds, "--threads", 1, "--no-memory")
     report = flora("bench", bundle, "--runtime", "openvino", *timing, "--json")
     return {"before": before, "report": BenchReport.parse(report, origin=name).model_dump(mode="json"), "after": bare()}
 
@@ -133,7 +132,12 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep what a former run has finished")
     parser.add_argument("--only", action="append", metavar="ARM", help="rounds to measure, as a pattern (repeatable)")
     options = parser.parse_args()
-    arms = {f"{name}-{number}": partial(measure, name) for name in MODELS for number in range(1, ROUNDS + 1)}
+    arms = {
+        f"{name}-b{batch}-{number}": partial(measure, name, batch)
+        for name, (batches, _) in MODELS.items()
+        for number in range(1, ROUNDS + 1)
+        for batch in batches
+    }
     for key, what in arms.items():
         if options.only is None or any(fnmatch.fnmatch(key, pattern) for pattern in options.only):
             arm(NAME, key, what, fresh=not options.resume)
@@ -142,10 +146,11 @@ def main() -> None:
     missing = [key for key, result in results.items() if result is None]
     rows: list[list[str]] = []
     bars: list[Bar] = [exactly("rounds without a result", len(missing), 0)]
-    for name in MODELS:
-        rounds = [result for key, result in results.items() if result and key.startswith(f"{name}-")]
-        if rounds:
-            judge(name, rounds, rows, bars)
+    for name, (batches, _) in MODELS.items():
+        for batch in batches:
+            rounds = [result for key, result in results.items() if result and key.startswith(f"{name}-b{batch}-")]
+            if rounds:
+                judge(f"{name}, batch {batch}", rounds, rows, bars)
     finish(
         NAME,
         columns=["model", "what", "flora, ms by round", "bare, ms by round", "flora over bare", "ratio by round"],
@@ -157,7 +162,7 @@ def main() -> None:
 
 
 def judge(name: str, rounds: list[Mapping[str, Any]], rows: list[list[str]], bars: list[Bar]) -> None:
-    """A row for each session and batch, and the worst of them as bars."""
+    """A row for each session, and the worst of them as bars."""
     figures = [_by_session(BenchReport.model_validate(one["report"])) for one in rounds]
     off_bare, apart = [], []
     for what in figures[0]:
@@ -175,9 +180,7 @@ def judge(name: str, rounds: list[Mapping[str, Any]], rows: list[list[str]], bar
 
 def _by_session(report: BenchReport) -> dict[str, tuple[float, float]]:
     """Median and ratio of each row."""
-    return {
-        f"{row.name}, batch {row.latency.batch_size}": (row.latency.median_ms, row.latency.ratio) for row in report.rows
-    }
+    return {row.name: (row.latency.median_ms, row.latency.ratio) for row in report.rows}
 
 
 if __name__ == "__main__":
