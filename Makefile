@@ -42,7 +42,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# All benchmarks but bench, compress, paper_road and quantization, which are long, or one: make bench NAME=factorization
+# All benchmarks but the long ones (LONG in benchmarks/run.py), or one: make bench NAME=factorization
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py $(NAME)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BENCHMARKS = ("paper_counts", "factorization", "latency", "families", "overhead", "compress_cost", "engines")
 # Long, in arms that resume: only by name.
-LONG = ("compress", "paper_road", "quantization", "bench")
+LONG = ("compress", "paper_road", "quantization", "bench", "verification")
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ class LatencyStats(BaseModel):
 
     A percentile that no repeat lies beyond is None: 10 repeats have a p90, 100 a p99. `spread` is half the 95 %
     interval of the median, relative to it. `ratio` is the median of this runner's time over the first runner's in the
-    same repeat, and `ratio_interval` its 95 % interval. Fewer than 6 repeats have no interval.
+    same repeat, and `ratio_interval` its 95 % interval. Fewer than 6 repeats have no interval. What is not
+    `steady` still drifted when it was timed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,9 +34,10 @@ class LatencyStats(BaseModel):
     ratio_interval: tuple[float, float] | None
     repeats: int
     batch_size: int
+    steady: bool = True
 
     @classmethod
-    def of(cls, times_ms: np.ndarray, first_ms: np.ndarray, *, batch_size: int) -> Self:
+    def of(cls, times_ms: np.ndarray, first_ms: np.ndarray, *, batch_size: int, steady: bool = True) -> Self:
         """From the milliseconds of this runner and of the first one in the same repeats."""
         ratios = times_ms / first_ms
         median_ms = float(np.median(times_ms))
@@ -49,6 +51,7 @@ class LatencyStats(BaseModel):
             ratio_interval=median_interval(ratios),
             repeats=len(times_ms),
             batch_size=batch_size,
+            steady=steady,
         )
 
     @property
@@ -73,7 +76,7 @@ def paired_latency(runners: Mapping[str, Runner], images: np.ndarray, *, repeats
     calls = [runner.bind(images) for runner in runners.values()]
     times = repeated_ms(calls, enough=lambda ms: ms.shape[1] >= repeats, most_repeats=2 * repeats, leads=1)
     return {
-        name: LatencyStats.of(times.ms[index], times.ms[0], batch_size=len(images))
+        name: LatencyStats.of(times.ms[index], times.ms[0], batch_size=len(images), steady=times.steady)
         for index, name in enumerate(runners)
     }
 

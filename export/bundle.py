@@ -5,7 +5,7 @@ and logits show whether an artefact computes there what it computed here. Only a
 may be recommended.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
@@ -34,6 +34,7 @@ GOLDEN = "golden.safetensors"
 MODEL_FOLDER = "model"
 REPORT = "report.html"
 LOGITS = "logits/"
+BISECT = "verify {} --bisect names the first layer that differs"
 
 Status = Literal["verified", "failed", "built, not run"]
 
@@ -250,15 +251,19 @@ def check_unaltered(bundle: Bundle) -> None:
     """Raise `GateFailedError` unless every file is as it was exported: nothing of another bundle is to be run."""
     if not (problems := check_hashes(bundle)):
         return
-    engines = tuple(entry.path for entry in bundle.manifest.artifacts if entry.kind == "engine")
-    advice = (
-        f"flora export {bundle.folder} --rebuild-engine builds it anew"
-        if engines and all(line.startswith(engines) for line in problems)
-        else f"flora verify {bundle.folder} --bisect names the first layer that differs"
-    )
+    advice = _advice(bundle, problems)
     raise GateFailedError(
-        f"{bundle.folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run; {advice}."
+        f"{bundle.folder} is not what was exported: {'; '.join(problems)}. Nothing of it was run.{advice}"
     )
+
+
+def _advice(bundle: Bundle, problems: Sequence[str]) -> str:
+    """What to do about files that are not as they were exported, where there is something."""
+    for kind, advice in (("engine", "export {} --rebuild-engine builds it anew"), ("onnx", BISECT)):
+        paths = tuple(entry.path for entry in bundle.manifest.artifacts if entry.kind == kind)
+        if paths and all(line.startswith(paths) for line in problems):
+            return f" flora {advice.format(bundle.folder)}."
+    return ""
 
 
 def _how_altered(size_bytes: int, of_bytes: int | None) -> str:

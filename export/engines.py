@@ -6,6 +6,7 @@ file, readable by any tool of the same version.
 """
 
 import importlib
+import logging
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -62,10 +63,13 @@ def engine_from_onnx(onnx_path: Path, path: Path, spec: EngineSpec, *, timing_ca
             f"{spec.backend} {trt.__version__} built no engine from {onnx_path}: {_last(logger.errors)} "
             f"{build_advice([*logger.errors, *logger.warnings], spec)}"
         )
-    if timings is not None:
-        timings.keep(config)
     with new_file(path) as partial:
         partial.write_bytes(plan)
+    if timings is not None:
+        try:
+            timings.keep(config)
+        except (OSError, FloraError) as error:  # the engine is there all the same
+            logging.getLogger(__name__).warning("What TensorRT timed is not kept in %s: %s", timing_cache, error)
 
 
 def build_advice(messages: Sequence[str], spec: EngineSpec) -> str:

@@ -8,8 +8,9 @@ from onnx import ModelProto
 from onnx.helper import make_empty_tensor_value_info
 
 from export.cuts import Graph
-from export.runners import CPU, session_options
+from export.runners import CPU
 from flora.errors import InputError
+from flora.onnxsessions import onnxruntime_failures, onnxruntime_module, session_options
 
 # Said where there is no error, and with the other sign where there is no number.
 EXACT_DB = 200.0
@@ -24,31 +25,20 @@ def run_of(model: ModelProto, graph: Graph, threads: int | None, *, as_written: 
     """
     options = session_options(threads, as_written=as_written)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.path.parent))
-    import onnxruntime
-
-    states = onnxruntime.capi.onnxruntime_pybind11_state
-    failures = (
-        states.Fail,
-        states.InvalidArgument,
-        states.InvalidGraph,
-        states.InvalidProtobuf,
-        states.NotImplemented,
-        states.RuntimeException,
-    )
     gives, takes = [value.name for value in model.graph.output], [value.name for value in model.graph.input]
 
     def explain(error: Exception) -> InputError:
         return InputError(f"{graph.path} cannot be run here ({error}); export or copy it again.")
 
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
-    except failures as error:
+        session = onnxruntime_module().InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    except onnxruntime_failures() as error:
         raise explain(error) from error
 
     def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
             return dict(zip(gives, session.run(gives, {name: values[name] for name in takes}), strict=True))
-        except failures as error:
+        except onnxruntime_failures() as error:
             raise explain(error) from error
 
     return run

@@ -4,7 +4,6 @@ Both are made from the dense model's file, by what it says of each layer: so not
 measured with the operators that a runtime may fuse with it. Weights are random, for time does not depend on them.
 """
 
-import ast
 import itertools
 import zlib
 from collections.abc import Collection, Mapping
@@ -15,7 +14,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from flora.errors import InputError, few
-from flora.onnxfiles import SCOPES
+from flora.onnxfiles import scopes_of
 from flora.ranks.cost import LayerShape, Rank
 from flora.ranks.latency import Site
 
@@ -112,8 +111,7 @@ def _linear_nodes(model: ModelProto, layers: Collection[str]) -> dict[str, NodeP
     found = {}
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in constants:
-            scopes = [entry.value for entry in node.metadata_props if entry.key == SCOPES]
-            for scope in ast.literal_eval(scopes[0]) if scopes else ():
+            for scope in scopes_of(node):
                 if scope in layers:
                     found[scope] = node
     if missing := [name for name in layers if name not in found]:

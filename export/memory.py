@@ -61,7 +61,8 @@ def peak_memory(
         except BrokenProcessPool as error:
             raise FloraError(
                 f"The process that measured the memory of {what} was ended from outside; most likely memory ran out. "
-                "Take a smaller --batch, or leave memory out with --no-memory."
+                "Take a smaller --batch, or leave memory out with --no-memory. (A script that calls flora needs "
+                'if __name__ == "__main__": for that process.)'
             ) from error
 
 

@@ -5,7 +5,6 @@ the layer whose weights it multiplies with; else to the part that its output cam
 node does; else to `other`.
 """
 
-import ast
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
@@ -17,7 +16,7 @@ from onnx import ModelProto, NodeProto
 
 from export.kernels import KERNEL_TIME, profile_of_onnxruntime
 from export.runners import CPU
-from flora.onnxfiles import SCOPES
+from flora.onnxfiles import layer_named, scopes_of
 
 PATCHES, NORM, ATTENTION, ACTIVATION, HEAD, OTHER = (
     "patch embedding",
@@ -29,13 +28,12 @@ PATCHES, NORM, ATTENTION, ACTIVATION, HEAD, OTHER = (
 )
 ORDER = (PATCHES, NORM, "qkv", ATTENTION, "proj", "fc1", ACTIVATION, "fc2", "reduction")
 LAST = (HEAD, OTHER)
-FACTORS = (".down", ".up")
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def part_of(module: str, layers: Collection[str]) -> str:
     """The part that a module of a timm model belongs to, by its name; `layers` are those that hold weights."""
-    name = layer_of(module)
+    name = layer_named(module)
     first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
     if first == "patch_embed":
         return PATCHES
@@ -48,13 +46,6 @@ def part_of(module: str, layers: Collection[str]) -> str:
     if last == "act":
         return ACTIVATION
     return ATTENTION if "attn" in name.split(".") else OTHER
-
-
-def layer_of(module: str) -> str:
-    """The layer that a module is, or is one of the two factors of."""
-    for factor in FACTORS:
-        module = module.removesuffix(factor)
-    return module
 
 
 def in_order(parts: Collection[str]) -> list[str]:
@@ -108,12 +99,11 @@ def _parts_of_file(file: ModelProto) -> tuple[dict[str, str], dict[str, str]]:
     weights = {
         node.input[1]: module for node, module in nodes if node.op_type in PRODUCTS and node.input[1] in constants
     }
-    layers = {layer_of(module) for module in weights.values()}
+    layers = {layer_named(module) for module in weights.values()}
     of_weights = {name: part_of(module, layers) for name, module in weights.items()}
     return of_weights, {name: part_of(module, layers) for node, module in nodes for name in node.output}
 
 
 def _module_of(node: NodeProto) -> str:
-    """The innermost module that a node is of; the last scope is the operator's own name."""
-    scopes = [entry.value for entry in node.metadata_props if entry.key == SCOPES]
-    return (ast.literal_eval(scopes[0])[-2:] or [""])[0] if scopes else ""
+    """The innermost module that a node is of."""
+    return (scopes_of(node)[-2:] or [""])[0]

@@ -13,8 +13,8 @@ from typing import Protocol, Self
 import numpy as np
 
 from export.inputs import ImageInput
-from flora.errors import BackendMissingError, InputError
-from flora.onnxsessions import onnxruntime_module, session_options
+from flora.errors import BackendMissingError, FloraError, InputError
+from flora.onnxsessions import onnxruntime_failures, onnxruntime_module, session_options
 
 CPU = "CPUExecutionProvider"
 NUMPY_TYPES: dict[str, type[np.floating]] = {
@@ -102,7 +102,12 @@ class OnnxRunner:
         if self._session is None:
             raise InputError(f"The runner of {self.path} is closed; open a new one.")
         self._takes.check(images, str(self.path))
-        return self._session.run(None, {self._input: images})[0]
+        try:
+            return self._session.run(None, {self._input: images})[0]
+        except onnxruntime_failures() as error:
+            raise FloraError(
+                f"{self.path} does not run on {len(images)} images ({error}). If memory ran out, take a smaller batch."
+            ) from error
 
     def bind(self, images: np.ndarray) -> Callable[[], object]:
         """A call that runs `images` and waits; on a GPU they lie there already, and what comes out stays."""
@@ -130,22 +135,13 @@ def _session(path: Path, options, providers: list[str]):
             f"ONNX Runtime has no {', '.join(unknown)} here, only "
             f"{', '.join(onnxruntime.get_available_providers())}. Install the package that provides it."
         )
-    failures = onnxruntime.capi.onnxruntime_pybind11_state
     try:
         return onnxruntime.InferenceSession(
             path,
             options,
             providers=[(name, PROVIDER_OPTIONS[name]) if name in PROVIDER_OPTIONS else name for name in providers],
         )
-    except (
-        failures.Fail,
-        failures.InvalidArgument,
-        failures.InvalidGraph,
-        failures.InvalidProtobuf,
-        failures.NoModel,
-        failures.NotImplemented,
-        failures.RuntimeException,
-    ) as error:
+    except onnxruntime_failures() as error:
         raise InputError(f"{path} is no ONNX file that can run here ({error}); export or copy it again.") from error
 
 

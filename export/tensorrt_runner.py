@@ -53,6 +53,11 @@ class TensorRtRunner:
         ]
         self._profile = 0
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise FloraError(
+                f"{path} loads, and no context to run it in can be made: {self._said()}. Most likely the GPU has too "
+                "little memory left; end what else runs there, or rebuild the engine with a smaller largest batch."
+            )
         self._stream = self._call("cudaStreamCreate")
         self._buffers: dict[str, int] = {}
         self._shape: tuple[int, ...] = ()

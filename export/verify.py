@@ -22,6 +22,8 @@ from flora.errors import InputError, near_matches
 LOADED_AT_ONCE = 64
 # By so many, top-1 on other images of the same kind may differ.
 STANDARD_ERRORS = 4
+# Points of top-1 below what is expected, where no drop is limited.
+TOLERANCE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +238,8 @@ def _below_expected(stage: Stage, figures: Mapping[str, float | None], limits: T
     if expected is None or top1 is None:
         return []
     error = math.hypot(figures["top1_standard_error"] or 0.0, stage.expected_error)
-    if expected - top1 <= (limits.max_drop or 0.0) + STANDARD_ERRORS * error:
+    allowed = TOLERANCE if limits.max_drop is None else limits.max_drop
+    if expected - top1 <= allowed + STANDARD_ERRORS * error:
         return []
     return [
         f"top1 is {top1:.2f} on these images, expected is {expected:.2f}. Look at how they are preprocessed "

@@ -17,13 +17,21 @@ FACTORS = (".down", ".up")
 LARGEST_INLINE_BYTES = int(1.9e9)
 
 
-def layer_of(node: onnx.NodeProto) -> str:
-    """The module that the exporter noted for the node, for a factor the layer that it is of; else the node's name."""
+def scopes_of(node: onnx.NodeProto) -> list[str]:
+    """The modules that the exporter noted for the node, the outermost first; the last is the operator's own name."""
     noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
-    modules = [scope for scope in ast.literal_eval(noted)[:-1] if scope]  # the last one is the operator's own
-    if not modules:
-        return node.name or node.output[0]
-    return next((modules[-1].removesuffix(factor) for factor in FACTORS if modules[-1].endswith(factor)), modules[-1])
+    return ast.literal_eval(noted)
+
+
+def layer_named(module: str) -> str:
+    """The layer that a module is, or is one of the two factors of."""
+    return next((module.removesuffix(factor) for factor in FACTORS if module.endswith(factor)), module)
+
+
+def layer_of(node: onnx.NodeProto) -> str:
+    """The layer that the exporter noted for the node, else the node's own name."""
+    modules = [scope for scope in scopes_of(node)[:-1] if scope]
+    return layer_named(modules[-1]) if modules else node.name or node.output[0]
 
 
 def fits_in_one_file(size_bytes: int) -> bool:

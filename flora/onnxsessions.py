@@ -19,6 +19,20 @@ def onnxruntime_module() -> ModuleType:
     return onnxruntime
 
 
+def onnxruntime_failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a file that it cannot load or run."""
+    states = onnxruntime_module().capi.onnxruntime_pybind11_state
+    return (
+        states.Fail,
+        states.InvalidArgument,
+        states.InvalidGraph,
+        states.InvalidProtobuf,
+        states.NoModel,
+        states.NotImplemented,
+        states.RuntimeException,
+    )
+
+
 def session_options(threads: int | None, *, as_written: bool = False) -> Any:
     """Options for so many threads, as many as it likes for None.
 

@@ -141,7 +141,9 @@ def _front(group: Group) -> list[Member]:
 def _fastest(members: Sequence[Member]) -> Member | None:
     """Of those that passed and are to be shipped the fastest."""
     shipped = [
-        m for m in members if m.manifest.recommended == m.row.entry.name and m.row.entry.name in m.manifest.latency
+        one
+        for one in members
+        if one.passed and one.manifest.recommended == one.row.entry.name and one.row.entry.name in one.manifest.latency
     ]
     return min(shipped, key=lambda member: member.manifest.latency[member.row.entry.name].ratio, default=None)
 

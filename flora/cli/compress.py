@@ -21,6 +21,7 @@ from flora.cli.options import (
     model_options,
     out_option,
     parse_model_kwargs,
+    pictures_option,
     population_option,
     precision_options,
     runtime_option,
@@ -115,9 +116,10 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     help="Epochs for which the subnet that was found trains on by itself (default: as many as the supernet).",
 )
-@max_drop_option(1.0, "1.0")
+@max_drop_option(None, "1, and 0.5 from FP32 to FP16 or BF16")
 @threshold_option
 @expect_option
+@pictures_option
 @workers_option
 @device_option
 @threads_option
@@ -161,9 +163,10 @@ def command(
     teacher: str,
     teacher_checkpoint: Path | None,
     finetune_epochs: int | None,
-    max_drop: float,
+    max_drop: float | None,
     thresholds: tuple[str, ...],
     expect_top1: float | None,
+    pictures: bool,
     workers: int,
     device: str,
     threads: int | None,
@@ -212,6 +215,7 @@ def command(
         max_drop=max_drop,
         thresholds=thresholds,
         expect_top1=expect_top1,
+        pictures=pictures,
         timing_cache=default_timing_cache(),
         threads=threads,
         command=("flora", *sys.argv[1:]),
@@ -342,5 +346,5 @@ _BOTH = {
     *("model", "checkpoint", "pretrained", "model_kwargs", "method", "budget", "calib_data", "select_data"),
     *("eval_data", "out", "targets", "layers", "space", "max_drop", "workers", "device", "threads", "restart"),
     *("as_json", "latency_table", "family", "runtime", "dry_run"),
-    *("precisions", "calib_images", "compare", "require", "thresholds", "expect_top1"),
+    *("precisions", "calib_images", "compare", "require", "thresholds", "expect_top1", "pictures"),
 }

@@ -15,6 +15,7 @@ from flora.cli.options import (
     expect_option,
     json_option,
     max_drop_option,
+    pictures_option,
     precision_options,
     runtime_option,
     seed_option,
@@ -47,9 +48,10 @@ REBUILD = ("model", "rebuild_engine", "batches", "compute_capabilities", *BUILD,
     type=click.Path(path_type=Path),
     help="The dense model to verify against (a weights file or folder) instead of the one that MODEL records.",
 )
-@max_drop_option(1.0, "1.0")
+@max_drop_option(None, "1, and 0.5 from FP32 to FP16 or BF16")
 @threshold_option
 @expect_option
+@pictures_option
 @precision_options("--precision")
 @click.option(
     "--calib-data",
@@ -97,9 +99,10 @@ def command(
     runtime: str,
     out: Path | None,
     reference: Path | None,
-    max_drop: float,
+    max_drop: float | None,
     thresholds: tuple[str, ...],
     expect_top1: float | None,
+    pictures: bool,
     precisions: tuple[str, ...],
     calib_data: str | None,
     select_data: str | None,
@@ -151,6 +154,7 @@ def command(
         max_drop=max_drop,
         thresholds=thresholds,
         expect_top1=expect_top1,
+        pictures=pictures,
         precisions=precisions,
         calib_data=calib_data,
         select_data=select_data,

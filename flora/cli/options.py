@@ -38,7 +38,7 @@ def max_drop_option(default: float | None, help_of_default: str) -> Callable:
         type=float,
         default=default,
         callback=_points,
-        help=f"Points of top-1 that low rank may cost (default {help_of_default}).",
+        help=f"Points of top-1 that low rank and each lower precision may cost (default {help_of_default}).",
     )
 
 
@@ -53,8 +53,15 @@ expect_option = click.option(
     "--expect-top1",
     type=click.FloatRange(min=0, max=100),
     metavar="PERCENT",
-    help="What the dense model is known to reach on --eval-data; much less fails the gate at once, for then the images "
-    "are preprocessed or labelled in another way.",
+    help="What the dense model is known to reach on these images (0 expects nothing); much less fails the gate at "
+    "once, for then they are preprocessed or labelled in another way.",
+)
+pictures_option = click.option(
+    "--no-pictures",
+    "pictures",
+    flag_value=False,
+    default=True,
+    help="Name the images that a step sees most unlike the one before, without their pictures in the bundle.",
 )
 fitness_option = click.option(
     "--fitness",

@@ -33,6 +33,8 @@ def command(bundles: tuple[Path, ...], out: Path, as_json: bool) -> None:
         raise InputError("A bundle is named twice; name each one once.")
     if out.is_dir():
         raise InputError(f"{out} is a folder; give the name of a file to write, such as {out / 'report.html'}.")
+    if inside := [path for path in bundles if out.resolve().is_relative_to(path.resolve())]:
+        raise InputError(f"{out} lies in the bundle {inside[0]}, which stays as it was exported; give another place.")
     sound = [sound_bundle(path) for path in bundles]
     text = report_page(sound[0]) if len(sound) == 1 else comparison_page(sound)
     with new_file(out) as partial:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flora.cli.options import IMAGES_HELP, json_option, max_drop_option, threads_option, threshold_option
+from flora.cli.options import IMAGES_HELP, expect_option, json_option, max_drop_option, threads_option, threshold_option
 
 if TYPE_CHECKING:
     from flora.pipeline.bisect import BundleBisection
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="IMAGES", help=f"Labelled images to measure accuracy on: {IMAGES_HELP}.")
 @max_drop_option(None, "that of the export")
 @threshold_option
+@expect_option
 @click.option("--runtime", metavar="RUNTIME", help="Run on ort-cpu, ort-cuda, ort-tensorrt or openvino instead.")
 @click.option(
     "--bisect",
@@ -35,6 +36,7 @@ def command(
     data: str | None,
     max_drop: float | None,
     thresholds: tuple[str, ...],
+    expect_top1: float | None,
     runtime: str | None,
     with_bisection: bool,
     trust_engines: bool,
@@ -48,6 +50,8 @@ def command(
     """
     if max_drop is not None and not data:
         raise click.UsageError("--max-drop judges accuracy, which needs --data IMAGES.")
+    if expect_top1 is not None and not data:
+        raise click.UsageError("--expect-top1 is what the dense model reaches on --data IMAGES; name them.")
     from flora.cli.output import print_json
     from flora.errors import GateFailedError
     from flora.pipeline.verify import verify_bundle
@@ -62,6 +66,7 @@ def command(
             data=data,
             max_drop=max_drop,
             thresholds=thresholds,
+            expect_top1=expect_top1,
             threads=threads,
             runtime=runtime,
             trusts_engines=trust_engines,

@@ -16,7 +16,7 @@ from export.bundle import GOLDEN, check_unaltered, load_bundle, read_golden
 from export.latency import AGREEMENT, WINDOW, Call, Times, repeated_ms, spread_of
 from export.memory import PeakMemory, can_measure, peak_memory
 from export.runners import Runner
-from flora.errors import BackendMissingError, InputError
+from flora.errors import BackendMissingError, FloraError, InputError
 from flora.pipeline.bench_report import BenchReport, BenchRow
 from flora.pipeline.bench_subjects import Subject, subjects_of
 from flora.provenance import clocks, device_facts, gpu_facts, now, versions
@@ -102,7 +102,7 @@ def _opened(
         on_step(f"opening: {subject.name}")
         try:
             runners.append((subject, opened.enter_context(subject.opened())))
-        except BackendMissingError as error:
+        except FloraError as error:
             if subject.asked:
                 raise
             left_out[subject.name] = str(error)
@@ -121,7 +121,7 @@ def _that_take(
         try:
             runner(images)
             taking.append((subject, runner))
-        except InputError as error:
+        except FloraError as error:
             reasons[f"{subject.name}, batch {len(images)}"] = str(error)
     if not taking:
         raise InputError(f"Nothing takes a batch of {len(images)}. {' '.join(reasons.values())}")
@@ -130,7 +130,7 @@ def _that_take(
 
 
 def _timed_rows(runners: Sequence[tuple[Subject, Runner]], images: np.ndarray, seconds: float) -> list[BenchRow]:
-    """A row for each runner at this batch, and on a GPU another with transfers; ratios are over the first."""
+    """A row for each runner at this batch, and on a GPU another with transfers; ratios are over the first like it."""
     calls: list[tuple[Subject, Runner, bool | None, Call]] = []
     for subject, runner in runners:
         calls.append((subject, runner, False if subject.on_gpu else None, runner.bind(images)))
@@ -138,8 +138,9 @@ def _timed_rows(runners: Sequence[tuple[Subject, Runner]], images: np.ndarray, s
             calls.append((subject, runner, True, partial(runner, images)))
     enough = partial(_is_enough, seconds=seconds)
     times = repeated_ms([call for *_, call in calls], enough=enough, seconds=seconds, leads=1)
+    with_transfers = next((index for index, (*_, transfers, _) in enumerate(calls) if transfers), 0)
     return [
-        _row(subject, runner, transfers, times, index, len(images))
+        _row(subject, runner, transfers, times, index, with_transfers if transfers else 0, len(images))
         for index, (subject, runner, transfers, _) in enumerate(calls)
     ]
 
@@ -157,7 +158,7 @@ def _known(values: np.ndarray, share: float) -> bool:
 
 
 def _row(
-    subject: Subject, runner: Runner, transfers: bool | None, times: Times, index: int, batch_size: int
+    subject: Subject, runner: Runner, transfers: bool | None, times: Times, index: int, first: int, batch_size: int
 ) -> BenchRow:
     return BenchRow(
         name=subject.name,
@@ -167,9 +168,8 @@ def _row(
         precision=subject.precision,
         status=subject.status,
         transfers=transfers,
-        latency=LatencyStats.of(times.ms[index], times.ms[0], batch_size=batch_size),
+        latency=LatencyStats.of(times.ms[index], times.ms[first], batch_size=batch_size, steady=times.steady),
         warm_up=times.discarded,
-        steady=times.steady,
         memory=None,
     )
 
@@ -197,6 +197,7 @@ def _protocol(request: BenchRequest, *, measures_memory: bool, on_gpu: bool) -> 
         "repeats": f"until each ratio is known to {RATIO_KNOWN:.0%} and each median to {MEDIAN_KNOWN:.0%} (half of "
         f"their 95 % intervals), {REPEATS} if they take less than {SHARE_OF_TIME:.0%} of the time; at most "
         f"{request.seconds:g} s a batch, but at least {2 * WINDOW} repeats",
-        "ratio": "median of the ratios within repeats, over the first row of the same batch",
+        "ratio": "median of the ratios within repeats, over the first row of the same batch; with transfers, over the "
+        "first of those with them",
         "memory": memory,
     }

@@ -34,7 +34,6 @@ class BenchRow(BaseModel):
     transfers: bool | None
     latency: LatencyStats
     warm_up: int
-    steady: bool
     memory: PeakMemory | None
 
     @property
@@ -45,7 +44,7 @@ class BenchRow(BaseModel):
 
     @property
     def is_certain(self) -> bool:
-        return self.steady and self.uncertainty is not None and self.uncertainty <= MOST_SPREAD
+        return self.latency.steady and self.uncertainty is not None and self.uncertainty <= MOST_SPREAD
 
 
 class BenchReport(Document):
@@ -69,7 +68,7 @@ class BenchReport(Document):
         return [
             f"{row.name}, batch {row.latency.batch_size}: "
             + ("uncertain by " + ("?" if row.uncertainty is None else f"{row.uncertainty:.0%}"))
-            + ("" if row.steady else ", still drifting at the end")
+            + ("" if row.latency.steady else ", still drifting at the end")
             for row in self.rows
             if not row.is_certain
         ]

@@ -10,6 +10,7 @@ from export.runners import Runner
 from export.runtimes import TENSORRT, TORCH, TORCH_COMPILED, TORCH_CUDA, TORCH_RUNTIMES, open_runner, runtime_called
 from export.tensorrt_runner import TensorRtRunner
 from flora.errors import InputError
+from flora.pipeline.engine_runs import why_not_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def subjects_of(
     left_out: dict[str, str] = {}
     for entry in dict.fromkeys(_artifact_names(bundle, artifacts)):
         for subject in _of_entry(bundle, bundle.manifest.artifact(entry), runtimes, threads, asked=bool(artifacts)):
-            if reason := _reason_not_to_time(bundle.manifest.artifact(entry), subject.runtime):
+            if reason := _reason_not_to_time(bundle, bundle.manifest.artifact(entry), subject.runtime):
                 left_out[subject.name] = reason
             else:
                 found.append(subject)
@@ -127,10 +128,10 @@ def _of_entry(
         )
 
 
-def _reason_not_to_time(entry: ArtifactEntry, runtime: str) -> str | None:
+def _reason_not_to_time(bundle: Bundle, entry: ArtifactEntry, runtime: str) -> str | None:
     if entry.kind == "engine":
         if runtime == TENSORRT:
-            return None
+            return why_not_run(entry, bundle.folder, trusted=False)
         return f"nothing here runs engines of {runtime}; they are for an application on the GPU"
     if entry.precision in runtime_called(runtime).only_shown:
         return f"{runtime} shows what engines will compute in {entry.precision}, not how fast"

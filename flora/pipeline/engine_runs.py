@@ -39,16 +39,17 @@ def for_any_number(entry: ArtifactEntry, runner: Runner) -> Runner:
 def engine_stages(
     engines: Sequence[ArtifactEntry], runners: Mapping[str, Runner], first: str, fp32: Mapping[str, str]
 ) -> list[Stage]:
-    """Each engine at its usual batch against its model's FP32 file, at its smallest against the `first` stage.
+    """Each engine at the usual batch of every profile against its model's FP32 file, at its smallest against `first`.
 
     `fp32` has the stage of each ONNX file by path.
     """
     stages = []
     for entry in engines:
         assert entry.spec is not None
-        smallest, usual = min(profile[0] for profile in entry.spec.profiles), entry.spec.opt_batch
+        smallest = min(profile[0] for profile in entry.spec.profiles)
+        usual = dict.fromkeys(profile[1] for profile in entry.spec.profiles)  # kernels are chosen for each profile
         for name, batch, kind, before in (
-            (f"{entry.name}, batch {usual}", usual, entry.precision, fp32[entry.fp32_source]),
+            *((f"{entry.name}, batch {one}", one, entry.precision, fp32[entry.fp32_source]) for one in usual),
             (f"{entry.name}, batch {smallest}, against the first", smallest, "lowrank", first),
         ):
             runner = PaddedRunner(runners[entry.name], batch)

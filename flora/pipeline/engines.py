@@ -68,6 +68,7 @@ class BuiltEngine:
                 "sha256": files[self.path],
                 "size_bytes": (folder / self.path).stat().st_size,
                 "spec": self.record,
+                "parts": {},
                 "attestation": self.attestation,
             }
         )

@@ -54,7 +54,7 @@ from flora.pipeline.images import (
     open_images,
 )
 from flora.pipeline.job import OnStart
-from flora.pipeline.notes import note_on_pivots, notes_on
+from flora.pipeline.notes import note_on_drift, note_on_pivots, notes_on
 from flora.pipeline.parts import layer_entries, part_costs
 from flora.pipeline.precision import CALIBRATED, OF_ENGINES, Judges, Workbench, write_precision
 from flora.pipeline.proof import Exported, Proof, onnx_entry, prove, recommend
@@ -176,7 +176,7 @@ def export_bundle(
             on_step=on_step,
         )
         report = proof.report
-        if not getattr(images, "is_streamed", False):
+        if request.pictures and not getattr(images, "is_streamed", False):
             report = write_pictures(report, images, source.config.preprocessing, folder)
         on_step("looking at where time goes")
         parts = {one.onnx_name: part_costs(one, folder, request.protocol) for one in exported}
@@ -204,6 +204,8 @@ def export_bundle(
         )
         notes = [*lost, *(judges.notes() if judges else ())]
         notes += notes_on(source.config, dense, proof.report, record, seen, certifies=request.certifies)
+        if drift := note_on_drift(proof.latency):
+            notes.append(drift)
         if not_pivoted:
             notes.insert(0, note_on_pivots(not_pivoted))
         if request.asked is not None:

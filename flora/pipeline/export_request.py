@@ -27,7 +27,8 @@ class ExportRequest:
     and their labels count only where they are the model's classes. `runtime` runs the ONNX files, here and in later
     verifications.
 
-    `expect_top1`, in percent, is what the dense model is known to reach on the evaluation images.
+    `expect_top1`, in percent, is what the dense model is known to reach on the evaluation images; without `pictures`
+    none of these goes into the bundle but the golden ones, which are normalized.
 
     For `precisions` other than FP32, ranges are measured on `calib_images` of `calib_data`, and every choice is made on
     `select_data`, by default every fourth calibration image. `compare` gives the dense model them as well. `require` is
@@ -50,9 +51,10 @@ class ExportRequest:
     require: str | None = None
     targets: tuple[str, ...] = ("onnx",)
     reference: Path | None = None
-    max_drop: float = 1.0
+    max_drop: float | None = None
     thresholds: tuple[str, ...] = ()
     expect_top1: float | None = None
+    pictures: bool = True
     opset: int = 20
     batches: tuple[int, int, int] = (1, 8, 64)
     compute_capabilities: tuple[str, ...] = ()

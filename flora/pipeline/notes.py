@@ -83,6 +83,16 @@ def notes_on(
         )
 
 
+def note_on_drift(latency: Mapping[str, LatencyStats]) -> str | None:
+    """That latency still drifted while it was measured, where it did."""
+    if all(one.steady for one in latency.values()):
+        return None
+    return (
+        "The device was too busy for latency to settle, so its ratios may be off. Measure again when nothing else "
+        "runs: flora bench BUNDLE."
+    )
+
+
 def note_on_few_tokens(layers: list[str]) -> str:
     """That the statistics of `layers` have no full rank."""
     return (

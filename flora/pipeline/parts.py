@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from export.bundle import GOLDEN, LayerEntry, PartCost, read_golden
-from export.parts import in_order, layer_of, part_of, time_shares
+from export.parts import in_order, part_of, time_shares
 from export.runtimes import ORT_CPU
 from flora.lowrank.checkpoint import LoadedModel, ModelConfig
 from flora.lowrank.targets import macs_by_module, trace_cost
 from flora.lowrank.weights import create_timm_model
+from flora.onnxfiles import layer_named
 from flora.pipeline.proof import Exported, Protocol
 from flora.ranks.sensitivity import LayerSensitivity
 
@@ -71,7 +72,7 @@ def macs_by_part(one: Exported) -> dict[str, int]:
     by_module = macs_by_module(one.module, one.model.config.preprocessing.input_size)
     weights = (name for name, _ in one.module.named_parameters() if name.endswith((".weight", ".pivot")))
     holders = {name.rpartition(".")[0] for name in weights}
-    layers = {layer_of(name) for name in holders & set(by_module)}
+    layers = {layer_named(name) for name in holders & set(by_module)}
     macs: Counter[str] = Counter()
     for name, count in by_module.items():
         macs[part_of(name, layers)] += count

@@ -267,4 +267,10 @@ def recommend(
     best = min(verified, key=lambda entry: latency[entry.name].ratio)
     if best.role == "yardstick":
         return best.name, "all others are slower here or failed their gates: ship the dense one"
-    return best.name, f"it passed every gate and takes {latency[best.name].ratio:.2f} of the dense model's time"
+    return best.name, f"it passed every gate and takes {_share(latency[best.name])} of the dense model's time"
+
+
+def _share(latency: LatencyStats) -> str:
+    """The ratio, with its interval where that holds 1."""
+    low, high = latency.ratio_interval or (0.0, 0.0)
+    return f"{latency.ratio:.2f} ({low:.2f} to {high:.2f}, so perhaps all)" if high >= 1 else f"{latency.ratio:.2f}"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from export.attestation import Requirement
-from export.bundle import MANIFEST, ArtifactEntry, Bundle, check_hashes, hash_files, load_bundle
+from export.bundle import MANIFEST, REPORT, ArtifactEntry, Bundle, check_hashes, hash_files, load_bundle
 from export.device import required_gpu
 from export.engine_spec import AS_USUAL, RTX, BuildOptions, EngineSpec
 from export.engines import backend_version
+from export.report.page import add_report
 from export.runtimes import TENSORRT
 from flora.artifact import new_folder
 from flora.errors import GateFailedError, InputError
@@ -65,7 +66,7 @@ def rebuild_engines(
         raise GateFailedError(f"{folder} is not what was exported: {'; '.join(problems)}. Nothing of it was built.")
     with new_folder(folder, marker=MANIFEST) as partial:
         for name in bundle.manifest.files:
-            if name not in engine_files:
+            if name not in (*engine_files, REPORT):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(folder / name, partial / name)
         built = {}
@@ -86,14 +87,15 @@ def rebuild_engines(
         failed = [entry for entry in entries.values() if entry.status == "failed"]
         kept = [line for line in manifest.unmet if not line.startswith(tuple(f"{name}:" for name in old))]
         notes = [note for note in manifest.notes if not note.startswith(REBUILT)]
-        manifest.model_copy(
+        manifest = manifest.model_copy(
             update={
                 "artifacts": [entries.get(entry.name, entry) for entry in manifest.artifacts],
                 "files": files,
                 "unmet": [*kept, *(f"{entry.name}: {entry.reason}" for entry in failed)],
                 "notes": [*notes, f"{REBUILT} at {now()} by: {' '.join(request.command) or 'rebuild_engines'}"],
             }
-        ).save(partial / MANIFEST)
+        )
+        add_report(manifest, partial).save(partial / MANIFEST)
     return load_bundle(folder)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from export.bundle import MANIFEST, ArtifactEntry, Bundle, Manifest, Status, check_golden, check_unaltered, load_bundle
 from export.runners import Runner
-from export.runtimes import open_runner
+from export.runtimes import open_runner, runtime_called
 from export.thresholds import thresholds_with
-from export.verify import Stage, StageReport, VerifyReport, verify
-from flora.errors import FloraError
+from export.verify import Stage, VerifyReport, verify
+from flora.errors import FloraError, InputError
 from flora.pipeline.engine_runs import engine_stages, for_any_number, open_engine, status_of, why_not_run
 from flora.pipeline.images import certified_images
 
@@ -42,6 +42,7 @@ def verify_bundle(
     data: str | None = None,
     max_drop: float | None = None,
     thresholds: Sequence[str] = (),
+    expect_top1: float | None = None,
     threads: int | None = None,
     runtime: str | None = None,
     trusts_engines: bool = False,
@@ -51,7 +52,7 @@ def verify_bundle(
     So is every engine whose GPU is here, which must give what its ONNX file does; for the others it is said why not.
     Only one who `trusts_engines` has those run that bring code of their own.
     `max_drop` (points of top-1) and `thresholds` (see `thresholds_with`) take the place of those in the manifest,
-    `runtime` that of the one exported for.
+    `runtime` that of the one exported for, and `expect_top1`, in percent, that of what the dense model reached then.
     A file whose hash is wrong ends the check with a `GateFailedError`: it is not run.
     """
     bundle = load_bundle(folder)
@@ -63,9 +64,14 @@ def verify_bundle(
         classes = len(manifest.class_names) if manifest.class_names else None
         seen = {role: record for role, record in manifest.image_sets.items() if role != "evaluation"}
         images = certified_images(data, manifest.preprocessing, classes, seen)
-    runnable = [entry for entry in manifest.artifacts if entry.kind == "onnx" and entry.certified]
+    certified = [entry for entry in manifest.artifacts if entry.kind == "onnx" and entry.certified]
+    runnable = [one for one in certified if one.precision in runtime_called(runtime or one.runtime).files]
+    if not runnable:
+        raise InputError(f"{runtime or 'Its runtime'} runs none of the ONNX files of {folder} that are to be shipped.")
     others = {
-        entry.name: why_not_run(entry, folder, trusted=trusts_engines)
+        entry.name: f"{runtime} runs no files in {entry.precision}"
+        if entry in certified
+        else why_not_run(entry, folder, trusted=trusts_engines)
         for entry in manifest.artifacts
         if entry not in runnable
     }
@@ -91,7 +97,7 @@ def verify_bundle(
             failed = [entry for entry in runnable if entry.status == "failed"]
             problems += [f"{entry.name} failed at export: {entry.reason}" for entry in failed]
         else:
-            stages = _stages(manifest, runnable, runners)
+            stages = _stages(manifest, runnable, runners, expect_top1)
             fp32 = {entry.path: f"{entry.name}, batch {BATCHES[-1]}" for entry in runnable}
             stages += engine_stages([entry for entry in opened_ones if entry in engines], runners, stages[0].name, fp32)
             report = verify(stages, images, thresholds=limits)
@@ -115,17 +121,22 @@ def _misdescribed(manifest: Manifest, runner: Runner) -> list[str]:
     ]
 
 
-def _expected(manifest: Manifest, name: str) -> StageReport | None:
-    """The stage at export of what ran under this name, where it was certified: figures of selection images flatter."""
+def _expected(manifest: Manifest, name: str) -> tuple[float | None, float]:
+    """Top-1 at export of what ran under this name, and its error, where it was certified: selection images flatter."""
     stages = manifest.verification.stages if manifest.verification and "evaluation" in manifest.image_sets else []
-    return next((stage for stage in stages if stage.name.rpartition(", batch ")[0] == name), None)
+    found = next((stage for stage in stages if stage.name.rpartition(", batch ")[0] == name), None)
+    return (found.top1, found.top1_standard_error or 0.0) if found else (None, 0.0)
 
 
-def _stages(manifest: Manifest, entries: list[ArtifactEntry], runners: dict[str, Runner]) -> list[Stage]:
+def _stages(
+    manifest: Manifest, entries: list[ArtifactEntry], runners: dict[str, Runner], expect_top1: float | None
+) -> list[Stage]:
     """The yardstick first, against what it was at export; every candidate against it, and against itself."""
     stages: list[Stage] = []
     for entry in sorted(entries, key=lambda entry: entry.role != "yardstick"):
-        expected = None if stages else _expected(manifest, entry.name)
+        expected, error = (None, 0.0) if stages else _expected(manifest, entry.name)
+        if expect_top1 is not None and not stages:
+            expected, error = expect_top1, 0.0
         before = stages[0].name if stages else None
         for batch, kind in zip(BATCHES, ("lowrank", entry.precision), strict=True):
             name = f"{entry.name}, batch {batch}"
@@ -136,8 +147,8 @@ def _stages(manifest: Manifest, entries: list[ArtifactEntry], runners: dict[str,
                     batch_size=batch,
                     kind=kind,
                     compared_with=before,
-                    expected_top1=expected.top1 if expected else None,
-                    expected_error=(expected.top1_standard_error or 0.0) if expected else 0.0,
+                    expected_top1=expected,
+                    expected_error=error,
                 )
             )
             before, expected = name, None

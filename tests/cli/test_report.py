@@ -41,6 +41,7 @@ def test_what_is_no_bundle_or_not_as_it_was_exported_is_refused(tmp_path):
     assert_refused(refused, "altered is not what was exported", "onnx/model-int8.onnx was altered")
     assert_refused(flora("report", bundle, bundle, "-o", out), "named twice")
     assert_refused(flora("report", bundle, "-o", tmp_path), "is a folder", "name of a file")
+    assert_refused(flora("report", bundle, "-o", bundle / "report.html"), "lies in the bundle", "another place")
     assert_nothing_at(out)
 
 

@@ -104,7 +104,12 @@ def test_figures_are_those_of_the_clock(device, worked):
     assert fourth.images_per_s == pytest.approx(4 / 0.006)
     assert fourth.repeats >= 100
     row = report.rows[-1]
-    assert (row.provider, row.status, row.transfers, row.steady) == ("CPUExecutionProvider", "verified", None, True)
+    assert (row.provider, row.status, row.transfers, row.latency.steady) == (
+        "CPUExecutionProvider",
+        "verified",
+        None,
+        True,
+    )
     assert (row.warm_up, row.memory, report.left_out) == (0, None, {})
 
 
@@ -120,7 +125,7 @@ def test_ratios_hold_while_all_drifts(device, worked):
 def test_a_warm_up_is_left_out_and_told(device, worked):
     device.speeds = itertools.chain((1 + 3 * 0.97**turn for turn in range(150)), itertools.repeat(1.0))
     report = BenchReport.parse(bench(worked.bundle, "--batch", 1, "--json").out, origin="stdout")
-    assert all(10 < row.warm_up < 60 and row.steady for row in report.rows)
+    assert all(10 < row.warm_up < 60 and row.latency.steady for row in report.rows)
     assert report.rows[0].latency.median_ms == pytest.approx(6, rel=0.02)
 
 
@@ -187,11 +192,14 @@ def test_on_a_gpu_each_is_timed_with_transfers_and_without(monkeypatch, tmp_path
     class OnGpu:
         provider = "CUDAExecutionProvider"
 
+        def __init__(self, without: int, transfers: int) -> None:
+            self.without, self.transfers = without, transfers
+
         def __call__(self, images: np.ndarray) -> None:
-            takes(5)
+            takes(self.without + self.transfers)
 
         def bind(self, images: np.ndarray) -> Callable[[], object]:
-            return lambda: takes(2)
+            return lambda: takes(self.without)
 
     monkeypatch.setattr(time, "perf_counter_ns", lambda: now_ns)
     subject = Subject(
@@ -205,10 +213,13 @@ def test_on_a_gpu_each_is_timed_with_transfers_and_without(monkeypatch, tmp_path
         threads=1,
         asked=False,
     )
-    rows = _timed_rows([(subject, OnGpu())], np.zeros((4, 1, 28, 28), np.float32), seconds=10)
+    runners = [(subject, OnGpu(4, 6)), (subject, OnGpu(2, 6))]
+    rows = _timed_rows(runners, np.zeros((4, 1, 28, 28), np.float32), seconds=10)
     assert [(row.transfers, row.latency.median_ms, row.latency.ratio) for row in rows] == [
-        (False, 2, 1),
-        (True, 5, 2.5),
+        (False, 4, 1),
+        (True, 10, 1),
+        (False, 2, 0.5),
+        (True, 8, 0.8),
     ]
 
 

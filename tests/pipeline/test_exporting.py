@@ -82,6 +82,22 @@ def test_a_dense_model_that_is_less_right_than_it_is_known_to_be_fails_at_once(w
     assert right.code == 0, right
 
 
+def test_pictures_stay_out_of_the_bundle_where_they_are_not_wanted(worked, tmp_path):
+    outcome = export(worked.compact, worked.images, tmp_path / "bundle", "--max-drop", 100, "--no-pictures")
+    assert outcome.code == 0, outcome
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert not [name for name in manifest["files"] if name.startswith("worst/")]
+    worst = [image for stage in manifest["verification"]["stages"] for image in stage["worst"]]
+    assert worst
+    assert {image["file"] for image in worst} == {None}
+
+
+def test_a_precision_has_the_drop_of_the_table_unless_another_is_given(worked, dense_export):
+    limits = json.loads((dense_export[0] / "manifest.json").read_text())["thresholds"]
+    assert (limits["lowrank"]["max_drop"], limits["fp16"]["max_drop"]) == (1.0, 0.5)
+    assert worked.manifest["thresholds"]["fp16"]["max_drop"] == 100
+
+
 @pytest.fixture(scope="module")
 def dense_export(worked, tmp_path_factory):
     """The dense model, exported on one image with batches other than the usual ones."""

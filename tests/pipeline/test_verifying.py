@@ -184,6 +184,26 @@ def test_a_threshold_may_be_changed_for_one_look_and_one_that_is_none_is_refused
     assert worked.manifest["thresholds"]["lowrank"]["max_drop"] == 100
 
 
+def test_what_the_dense_model_is_expected_to_reach_can_be_said(worked):
+    """At export it was right on all of these images."""
+    few = ("verify", worked.bundle, "--data", f"{worked.images},limit=40", "--max-drop", 100, "--threads", 1)
+    assert flora(*few).code == 0
+    low = flora(*few, "--threshold", "lowrank.max_drop=none", "--expect-top1", 100)
+    assert low.code == 0, low
+    refused = flora("verify", worked.bundle, "--expect-top1", 90)
+    assert (refused.code, "--data" in refused.message) == (2, True)
+
+
+def test_a_file_that_the_runtime_does_not_run_is_left_out(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    entry = next(one for one in manifest["artifacts"] if one["name"].startswith("factorized"))
+    entry["precision"] = "fp8"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    outcome = flora("verify", bundle, "--runtime", "openvino", "--threads", 1)
+    assert outcome.code == 0, outcome
+    assert f"Not run here: {entry['name']}: openvino runs no files in fp8." in outcome.out
+
+
 def test_a_limit_that_is_no_number_does_not_switch_the_gate_off(worked):
     outcome = flora("verify", worked.bundle, "--data", worked.images, "--max-drop", "nan", "--threads", 1)
     assert outcome.code in (1, 2), "no drop is above NaN"
