@@ -285,8 +285,9 @@ def no_images(tmp_path, request) -> Path:
         path.mkdir()
         (path / "notes.txt").write_text("no image")
     elif request.param == "damaged":
-        (path / "0").mkdir(parents=True)
-        (path / "0" / "0.png").write_text("no image either")
+        for label in range(10):
+            (path / str(label)).mkdir(parents=True)
+            (path / str(label) / "0.png").write_text("no image either")
     elif request.param == "photo.png":
         Image.new("L", (28, 28)).save(path)
     return path

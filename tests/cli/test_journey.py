@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 from flora.artifact import sha256_of_file
@@ -126,13 +127,16 @@ def test_a_bundle_can_be_read_by_others_than_its_owner(worked):
 
 def test_nothing_in_a_bundle_is_pickled(worked):
     files = [path for path in worked.bundle.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors", ".onnx", ".html"}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".onnx", ".html", ".png"}
     for path in files:
         assert not zipfile.is_zipfile(path)
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".html":
             assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+        elif path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.verify()
         elif path.suffix == ".onnx":
             onnx.checker.check_model(onnx.load(path))
         else:

@@ -249,6 +249,7 @@ def test_engines_that_nothing_here_runs_are_named_and_not_timed(device, bundle):
     (bundle / "engines" / "model.engine").write_bytes(b"an engine")
     digest = hashlib.sha256(b"an engine").hexdigest()
     spec = {"backend": "tensorrt-rtx", "backend_version": "1.7", "min_batch": 1, "opt_batch": 8, "max_batch": 64}
+    spec |= {"source": COMPACT, "build_seconds": 1.5}
 
     def add_engine(manifest: dict) -> None:
         changes = {

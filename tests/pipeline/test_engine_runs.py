@@ -65,7 +65,7 @@ def gpu(monkeypatch, tmp_path) -> FakeGpu:
         if not plan.startswith(b"\x08"):
             return None
         runner = OnnxRunner(path, threads=1)
-        size = tuple(runner._input.shape[1:])
+        size = tuple(runner._takes.shape[1:])
         classes = runner(np.zeros((1, *size), np.float32)).shape[1]
         return FakeEngine(runner, classes, [[(batch, *size) for batch in (2, 3, 4)]])
 

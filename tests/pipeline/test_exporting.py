@@ -120,7 +120,8 @@ def test_one_image_and_another_batch_profile_are_enough(worked, dense_export):
 
 def test_the_bundle_of_a_dense_model_does_not_talk_of_low_rank(dense_export):
     """There is nothing to hold it against, and no reference is missing."""
-    assert json.loads(dense_export[1].out)["notes"] == []
+    notes = json.loads(dense_export[1].out)["notes"]
+    assert [note for note in notes if not note.startswith("The device was too busy")] == []
 
 
 def test_a_compact_model_without_its_reference_is_exported_with_a_note(worked, tmp_path):
@@ -143,7 +144,8 @@ def test_a_set_without_digests_is_noted_as_not_compared_with_the_evaluation_imag
     (compact / "config.json").write_text(json.dumps(config))
     outcome = export(compact, f"{worked.images},limit=2", tmp_path / "bundle", "--max-drop", 100)
     assert outcome.code == 0, outcome
-    (note,) = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["notes"]
+    notes = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["notes"]
+    (note,) = [note for note in notes if note.startswith("Without the digests")]
     assert note.endswith("it was not checked whether evaluation images are among the training images (train/).")
     assert "Note: Without the digests" in outcome.out
 
