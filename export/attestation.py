@@ -165,6 +165,15 @@ class Requirement:
         return "; ".join(short) or None
 
 
+def unmet(require: str | None, precision: str, attestation: Attestation | None) -> list[str]:
+    """What `require` asks of what computes in `precision` and was seen not to be so; nothing where nobody looked."""
+    least = Requirement.parse(require).least.get(precision) if require else None
+    if least is None or attestation is None:
+        return []
+    sentence = Requirement(least={precision: least}).unmet(attestation)
+    return [sentence] if sentence else []
+
+
 def _percent(share: float) -> str:
     """Rounded down, so that what falls short never reads as enough."""
     return f"{math.floor(share * 1000 + 1e-6) / 10:g} %"

@@ -34,7 +34,6 @@ GOLDEN = "golden.safetensors"
 MODEL_FOLDER = "model"
 REPORT = "report.html"
 LOGITS = "logits/"
-BISECT = "verify {} --bisect names the first layer that differs"
 
 Status = Literal["verified", "failed", "built, not run"]
 
@@ -130,7 +129,7 @@ class ArtifactEntry(BaseModel):
     def fp32_source(self) -> str:
         """Where the ONNX file in FP32 lies of the model that an engine was built from."""
         assert self.spec is not None
-        return self.spec.source.replace(f"-{self.precision}.", "-fp32.")
+        return fp32_path(self.spec.source, self.precision)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -220,6 +219,11 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(folder=folder, manifest=Manifest.load(folder / MANIFEST))
 
 
+def fp32_path(path: str, precision: str) -> str:
+    """Where the file in FP32 lies of the model whose file of this precision lies at `path`."""
+    return path.replace(f"-{precision}.", "-fp32.")
+
+
 def size_of(path: Path) -> int:
     """Bytes of an ONNX file and of the weights that may lie beside it."""
     beside = path.with_name(f"{path.name}.data")
@@ -233,9 +237,12 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {name: sha256_of_file(path) for name, path in named.items() if name != MANIFEST}
 
 
-def check_hashes(bundle: Bundle) -> list[str]:
-    """One line for each file that was altered, is missing, or does not belong to the bundle."""
-    recorded, found = bundle.manifest.files, hash_files(bundle.folder)
+def check_hashes(bundle: Bundle, found: Mapping[str, str] | None = None) -> list[str]:
+    """One line for each file that was altered, is missing, or does not belong to the bundle.
+
+    `found` are the hashes of its files, if they are known already.
+    """
+    recorded, found = bundle.manifest.files, hash_files(bundle.folder) if found is None else found
     engines = {entry.path: entry.size_bytes for entry in bundle.manifest.artifacts if entry.kind == "engine"}
     altered = [
         f"{name} {_how_altered((bundle.folder / name).stat().st_size, engines.get(name))}"
@@ -259,10 +266,13 @@ def check_unaltered(bundle: Bundle) -> None:
 
 def _advice(bundle: Bundle, problems: Sequence[str]) -> str:
     """What to do about files that are not as they were exported, where there is something."""
-    for kind, advice in (("engine", "export {} --rebuild-engine builds it anew"), ("onnx", BISECT)):
+    for kind, advice in (
+        ("engine", f"flora export {bundle.folder} --rebuild-engine builds it anew"),
+        ("onnx", f"flora verify {bundle.folder} --bisect names the first layer that differs"),
+    ):
         paths = tuple(entry.path for entry in bundle.manifest.artifacts if entry.kind == kind)
         if paths and all(line.startswith(paths) for line in problems):
-            return f" flora {advice.format(bundle.folder)}."
+            return f" {advice}."
     return ""
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from export.cuts import Graph, Layer, common_layers, read_graph
 from export.graph_runs import EXACT_DB, decibels, errors_in_file
-from export.pieces import Comparer, Piece, Seen
+from export.pieces import FLOATS, Comparer, Piece, Seen
 from flora.errors import InputError
 
 # Least signal to noise of a piece's own output. In FP32 two kernels may add in another order; in FP16, attention of
@@ -30,7 +30,6 @@ MOST_STEPS = 3.0
 LARGEST_CODE: dict[int, int] = {TensorProto.INT8: 127}
 
 Kind = Literal["overflow", "not finite", "scale", "weights", "error"]
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from flora.errors import InputError, near_matches
 
 FORM = "write KIND.NAME=VALUE, such as fp16.min_agreement=0.95"
+# Figures of a stage, and the threshold that holds each.
+LIMITED = {
+    "agreement": "min_agreement",
+    "cosine": "min_cosine",
+    "max_relative": "max_relative",
+    "kl": "max_kl",
+    "drop": "max_drop",
+}
 SHARES = ("min_agreement", "min_cosine", "unlabelled_min_agreement")
 
 
@@ -44,20 +52,13 @@ class Thresholds(BaseModel):
 
     def exceeded(self, figures: Mapping[str, float | None]) -> list[str]:
         """One line for each threshold that `figures` (agreement, cosine, max_relative, kl, drop) do not hold."""
-        bounds = (
-            ("agreement", self.min_agreement, "below"),
-            ("cosine", self.min_cosine, "below"),
-            ("max_relative", self.max_relative, "above"),
-            ("kl", self.max_kl, "above"),
-            ("drop", self.max_drop, "above"),
-        )
         lines = []
-        for name, limit, side in bounds:
-            figure = figures.get(name)
+        for name, threshold in LIMITED.items():
+            limit, figure = getattr(self, threshold), figures.get(name)
             if limit is None or figure is None:
                 continue
-            if figure < limit if side == "below" else figure > limit:
-                lines.append(f"{name} is {figure:.6g}, {side} {limit:g}")
+            if figure < limit if is_least(threshold) else figure > limit:
+                lines.append(f"{name} is {figure:.6g}, {'below' if is_least(threshold) else 'above'} {limit:g}")
         return lines
 
 
@@ -70,6 +71,11 @@ THRESHOLDS: dict[str, Thresholds] = {
     "int8-fp16": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
     "fp8": Thresholds(min_agreement=0.9, min_cosine=0.98, max_kl=0.1, max_drop=1.0),
 }
+
+
+def is_least(threshold: str) -> bool:
+    """Whether a threshold is the least that is allowed, not the most."""
+    return threshold.startswith("min_")
 
 
 def thresholds_with(

@@ -6,18 +6,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from export.bundle import ArtifactEntry, LayerEntry, Manifest
-from export.thresholds import Thresholds
+from export.thresholds import LIMITED, Thresholds, is_least
 from export.verify import StageReport, VerifyReport
 from flora.ranks.space import block_name
-
-# Figures of a stage that a threshold may hold: name, threshold, and which side of it is allowed.
-LIMITS = (
-    ("drop", "max_drop", "at most"),
-    ("agreement", "min_agreement", "at least"),
-    ("cosine", "min_cosine", "at least"),
-    ("max_relative", "max_relative", "at most"),
-    ("kl", "max_kl", "at most"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +85,10 @@ def limits_of(stage: StageReport, thresholds: Mapping[str, Thresholds]) -> dict[
     held = thresholds.get(stage.kind)
     if held is None or stage.compared_with is None:
         return {}
-    limits = ((name, side, getattr(held, threshold)) for name, threshold, side in LIMITS)
+    limits = (
+        (name, "at least" if is_least(threshold) else "at most", getattr(held, threshold))
+        for name, threshold in LIMITED.items()
+    )
     return {
         name: Limit(side=side, value=value)
         for name, side, value in limits

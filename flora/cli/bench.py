@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flora.cli.options import batch_sizes, json_option
+from flora.cli.options import batches_option, json_option
 
 if TYPE_CHECKING:
     from flora.pipeline.bench_report import BenchReport, BenchRow
@@ -28,15 +28,7 @@ if TYPE_CHECKING:
     help="Time on this runtime as well (repeatable): ort-cpu, ort-cuda, openvino; or the compact model in torch, "
     "torch-compiled, torch-cuda, torch-cuda-compiled.",
 )
-@click.option(
-    "--batch",
-    "batches",
-    metavar="N,N,...",
-    callback=batch_sizes,
-    default="1,8",
-    show_default=True,
-    help="Batch sizes to time.",
-)
+@batches_option("Batch sizes to time.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each runtime.")
 @click.option(
     "--seconds",

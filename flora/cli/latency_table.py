@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from flora.cli.options import (
-    batch_sizes,
+    batches_option,
     json_option,
     model_kwargs_option,
     parse_model_kwargs,
@@ -20,15 +20,7 @@ from flora.cli.options import (
 @model_kwargs_option
 @click.argument("model")
 @runtime_option("ort-cpu, ort-cuda or ort-tensorrt (ONNX Runtime), openvino, tensorrt, torch or torch-cuda.")
-@click.option(
-    "--batch",
-    "batches",
-    metavar="N,N,...",
-    callback=batch_sizes,
-    default="1,8",
-    show_default=True,
-    help="Batch sizes to measure at.",
-)
+@batches_option("Batch sizes to measure at.")
 @click.option(
     "--precision",
     "precisions",

@@ -253,6 +253,18 @@ def batch_sizes(context: click.Context, parameter: click.Parameter, value: str) 
         raise click.BadParameter(f"{value!r} are no batch sizes; write 1,8,32.") from error
 
 
+def batches_option(help_text: str) -> Callable:
+    return click.option(
+        "--batch",
+        "batches",
+        metavar="N,N,...",
+        callback=batch_sizes,
+        default="1,8",
+        show_default=True,
+        help=help_text,
+    )
+
+
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 
 

@@ -18,6 +18,7 @@ from export.bundle import (
     Bundle,
     check_golden,
     check_hashes,
+    fp32_path,
     hash_files,
     load_bundle,
     read_golden,
@@ -93,7 +94,7 @@ def bisect_bundle(
         if entry.kind == "onnx":
             on_step(f"comparing {entry.path}")
             files.append(bench.file(entry))
-    return BundleBisection(files=files, problems=check_hashes(bundle), images=len(bench.images))
+    return BundleBisection(files=files, problems=check_hashes(bundle, found), images=len(bench.images))
 
 
 def _images(bundle: Bundle, data: str | None, sound: set[str]) -> np.ndarray:
@@ -185,7 +186,7 @@ class _Bench:
         return entry.path in self.sound and (beside not in self.bundle.manifest.files or beside in self.sound)
 
     def _fp32_of(self, entry: ArtifactEntry) -> ArtifactEntry | None:
-        path = entry.path.replace(f"-{entry.precision}.onnx", "-fp32.onnx")
+        path = fp32_path(entry.path, entry.precision)
         return next((one for one in self.bundle.manifest.artifacts if one.path == path), None)
 
     def _runs(self, entry: ArtifactEntry) -> bool:

@@ -13,7 +13,7 @@ from export.attestation import Attestation, attest_engine
 from export.bundle import ArtifactEntry, EngineRecord
 from export.engine_spec import EngineSpec
 from export.engines import engine_from_onnx
-from export.runtimes import ORT_CPU, TENSORRT
+from export.runtimes import ORT_CPU, TENSORRT, precision_of_products
 from flora.errors import FloraError
 
 
@@ -46,7 +46,7 @@ class BuiltEngine:
     @property
     def of_products(self) -> str:
         """The precision that its products should be computed in."""
-        return self.source.precision.split("-")[0]
+        return precision_of_products(self.source.precision)
 
     def entry(
         self, source: ArtifactEntry, folder: Path, files: Mapping[str, str], unmet: Sequence[str]

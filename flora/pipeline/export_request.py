@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from export.attestation import Attestation, Requirement
+from export.attestation import Attestation, Requirement, unmet
 from export.device import required_gpu
 from export.engine_spec import AS_USUAL, NOT_OF_RTX, RTX, BuildOptions, EngineSpec
 from export.engines import backend_version
@@ -164,10 +164,7 @@ class ExportRequest:
 
     def unmet(self, precision: str, attestation: Attestation | None) -> list[str]:
         """What is required of what computes in `precision` and was seen not to be so."""
-        if precision not in self.required or attestation is None:
-            return []
-        sentence = Requirement(least={precision: self.required[precision]}).unmet(attestation)
-        return [sentence] if sentence else []
+        return unmet(self.require, precision, attestation)
 
     def unseen(self, made: Sequence[Exported | BuiltEngine]) -> list[str]:
         """A line for each precision that something is required of, and that nothing here computed in."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from export.attestation import Attestation
 from export.benchmark import LatencyStats, paired_latency
-from export.bundle import ArtifactEntry, PartCost, QuantizationRecord, Status, size_of, write_golden
+from export.bundle import ArtifactEntry, PartCost, QuantizationRecord, Status, fp32_path, size_of, write_golden
 from export.images import ImageSet
 from export.runners import Runner
 from export.runtimes import open_runner, precision_of_products, runtime_called
@@ -57,7 +57,7 @@ class Exported:
     @property
     def fp32_path(self) -> str:
         """Where the same model's file in FP32 lies."""
-        return self.path.replace(f"-{self.precision}.", "-fp32.")
+        return fp32_path(self.path, self.precision)
 
     @property
     def of_products(self) -> str:

@@ -1,12 +1,12 @@
 """Building the engines of a bundle anew, from the ONNX files in it, where they are to run. Needs no torch."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from export.attestation import Requirement
+from export.attestation import unmet
 from export.bundle import MANIFEST, REPORT, ArtifactEntry, Bundle, check_hashes, hash_files, load_bundle
 from export.device import required_gpu
 from export.engine_spec import AS_USUAL, RTX, BuildOptions, EngineSpec
@@ -15,7 +15,7 @@ from export.report.page import add_report
 from export.runtimes import TENSORRT
 from flora.artifact import new_folder
 from flora.errors import GateFailedError, InputError
-from flora.pipeline.engines import BuiltEngine, build_engine
+from flora.pipeline.engines import build_engine
 from flora.provenance import now
 
 REBUILT = "Engines were rebuilt"
@@ -81,7 +81,9 @@ def rebuild_engines(
         files = hash_files(partial)
         sources = {entry.path: entry for entry in manifest.artifacts}
         entries = {
-            name: one.entry(sources[one.source.path], partial, files, _unmet(one, manifest.require))
+            name: one.entry(
+                sources[one.source.path], partial, files, unmet(manifest.require, one.of_products, one.attestation)
+            )
             for name, one in built.items()
         }
         failed = [entry for entry in entries.values() if entry.status == "failed"]
@@ -118,12 +120,3 @@ def _specs(old: dict[str, ArtifactEntry], request: RebuildRequest, folder: Path)
         if backend == TENSORRT:
             required_gpu(f"An engine of {TENSORRT}")
     return specs
-
-
-def _unmet(engine: BuiltEngine, require: str | None) -> Sequence[str]:
-    """What was required of the precision of the engine when the bundle was exported, and is not so."""
-    least = Requirement.parse(require).least.get(engine.of_products) if require else None
-    if least is None or engine.attestation is None:
-        return ()
-    sentence = Requirement(least={engine.of_products: least}).unmet(engine.attestation)
-    return (sentence,) if sentence else ()

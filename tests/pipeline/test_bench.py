@@ -5,7 +5,6 @@ import hashlib
 import io
 import itertools
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -57,22 +56,6 @@ class Device:
 @pytest.fixture
 def device(monkeypatch) -> Device:
     return Device(monkeypatch)
-
-
-@pytest.fixture
-def bundle(worked, tmp_path) -> Path:
-    """A copy of the bundle, to be changed."""
-    return shutil.copytree(worked.bundle, tmp_path / "bundle")
-
-
-@pytest.fixture
-def never_run(monkeypatch) -> None:
-    """Opening any ONNX file fails the test."""
-
-    def refuse(self, path, **options):
-        pytest.fail(f"{path} was run")
-
-    monkeypatch.setattr(OnnxRunner, "__init__", refuse)
 
 
 def bench(bundle: Path, *args: object) -> Outcome:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from export.runners import OnnxRunner
 from flora.lowrank.checkpoint import ModelConfig, save_model
 from flora.preprocessing import Preprocessing
 from tests.flora_command import assert_refused, flora
@@ -22,22 +20,6 @@ from tests.worked_example import MODEL, QUICK, label_by, write_tar
 
 COMPACT = "onnx/model-fp32.onnx"
 COLOUR = Preprocessing(input_size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
-
-
-@pytest.fixture
-def bundle(worked, tmp_path) -> Path:
-    """A copy of the bundle, to be damaged."""
-    return shutil.copytree(worked.bundle, tmp_path / "bundle")
-
-
-@pytest.fixture
-def never_run(monkeypatch) -> None:
-    """Opening any ONNX file fails the test."""
-
-    def refuse(self, path, **options):
-        pytest.fail(f"{path} was run")
-
-    monkeypatch.setattr(OnnxRunner, "__init__", refuse)
 
 
 def rehash(bundle: Path, name: str) -> None:
